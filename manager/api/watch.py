@@ -1,0 +1,158 @@
+"""What the API knows of the cluster: one look each second, and what can only be known by watching.
+
+Whether a node or a leader lives is seen by its beat changing, on this process's monotonic clock: no clocks are compared.
+Submissions are checked against the last look, at most about a second old; who asks about the cluster gets a fresh one.
+"""
+
+import asyncio
+import time
+from typing import Final
+
+import msgspec
+
+from manager.core.model import ClusterState, NodeRow
+from manager.core.placement import Index, index_of
+from manager.core.requests import LeaderView
+from manager.settings import ControllerSettings, NodeSettings
+from manager.store import Store
+
+LOOK_S: Final = 1.0
+FRESH_S: Final = 0.2
+"""Answers about the cluster are this old at most; a flood of such questions costs five looks a second."""
+FSYNC_S: Final = 5.0
+
+
+class Largest(msgspec.Struct, frozen=True):
+    """The node that could promise most memory on each of a number of devices at once."""
+
+    usable_bytes: int
+    node: str
+    model: str
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """One look.
+
+    Attributes:
+        index: the ledger that follows from `state`; nobody may change it.
+        silent: nodes whose beat has not changed for a lease, or that were never seen to beat for so long.
+        largest: per number of devices (from 1), the best that any known node has.
+        at_s: when, on this process's monotonic clock.
+    """
+
+    state: ClusterState
+    index: Index
+    silent: frozenset[str]
+    largest: tuple[Largest, ...]
+    leader: LeaderView
+    fsync: str
+    at_s: float
+
+    def store_now_ms(self) -> int:
+        """The store's clock now, as far as this process can tell."""
+        return self.state.now_ms + int((time.monotonic() - self.at_s) * 1000)
+
+    def live(self) -> list[NodeRow]:
+        """Nodes whose agent beats."""
+        return [n for n in self.state.nodes if not n.left and not n.fenced and n.node not in self.silent]
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    """The last beat of somebody, and when it was first seen."""
+
+    beat: tuple[str, int]
+    at_s: float
+    changed: bool
+
+
+class ClusterWatch:
+    """Looks at the cluster.
+
+    Args:
+        store: asked each second.
+        node, controller: say how long a silence is meant.
+    """
+
+    def __init__(self, store: Store, node: NodeSettings, controller: ControllerSettings) -> None:
+        self._store = store
+        self._lease_s = node.beat_s * node.lease_beats
+        self._term_s = controller.term_s
+        self._nodes: dict[str, _Seen] = {}
+        self._leader: _Seen | None = None
+        self._fsync = ("unknown", float("-inf"))
+        self._looking: asyncio.Task[Snapshot] | None = None
+        self.snapshot: Snapshot | None = None
+
+    async def look(self) -> Snapshot:
+        """Look now; callers at the same time share one look.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        return await asyncio.shield(self._looking)
+
+    async def fresh(self) -> Snapshot:
+        """The last look if it is fresh, else a new one.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        last = self.snapshot
+        return last if last is not None and time.monotonic() - last.at_s < FRESH_S else await self.look()
+
+    async def _look(self) -> Snapshot:
+        state, (_, token, beat, holder) = await asyncio.gather(
+            self._store.look(leader=False), self._store.lead("", 0, 0, "read")
+        )
+        now_s = time.monotonic()
+        if now_s - self._fsync[1] >= FSYNC_S:
+            self._fsync = (await self._store.fsync_policy(), now_s)
+        self._nodes = {
+            row.node: _observe(self._nodes.get(row.node), (row.incarnation, row.beat), now_s) for row in state.nodes
+        }
+        self._leader = _observe(self._leader, (f"{token} {holder}", beat), now_s)
+        silent = frozenset(name for name, seen in self._nodes.items() if now_s - seen.at_s >= self._lease_s)
+        self.snapshot = Snapshot(
+            state=state,
+            index=index_of(state),
+            silent=silent,
+            largest=_largest(state),
+            leader=LeaderView(holder, token, _beating(self._leader, holder, now_s, self._term_s)),
+            fsync=self._fsync[0],
+            at_s=now_s,
+        )
+        return self.snapshot
+
+
+def _observe(seen: _Seen | None, beat: tuple[str, int], now_s: float) -> _Seen:
+    if seen is None:
+        return _Seen(beat, now_s, changed=False)
+    return seen if seen.beat == beat else _Seen(beat, now_s, changed=True)
+
+
+def _beating(seen: _Seen, holder: str, now_s: float, term_s: float) -> bool | None:
+    """Whether a leader beats; None while it has not been watched for long enough to tell."""
+    if not holder:
+        return False
+    if now_s - seen.at_s >= term_s:
+        return False
+    return True if seen.changed else None
+
+
+def _largest(state: ClusterState) -> tuple[Largest, ...]:
+    """For 1, 2, … devices: the most memory that one node could promise on each of so many, were it empty."""
+    best: list[Largest] = []
+    for row in state.nodes:
+        if row.left:
+            continue
+        reserve = row.info.reserve_bytes
+        devices = sorted(row.info.devices, key=lambda device: -device.memory_bytes)
+        for rank, device in enumerate(devices):
+            usable = max(0, device.memory_bytes - reserve)
+            if rank == len(best):
+                best.append(Largest(usable, row.node, device.model))
+            elif usable > best[rank].usable_bytes:
+                best[rank] = Largest(usable, row.node, device.model)
+    return tuple(best)

@@ -1,0 +1,46 @@
+"""One process of a cluster, as the supervisor starts it: ``python -m manager.cli.process ROLE``, settings on stdin."""
+
+import sys
+
+import msgspec
+
+from manager.core.errors import RocyardError
+from manager.settings import Settings
+
+
+def run_role(role: str, settings: Settings) -> int:
+    """Run one role until it is told to stop; each imports only what it needs."""
+    match role:
+        case "api":
+            from manager.api.serve import serve
+
+            return serve(settings)
+        case "controller":
+            from manager.controller import run as run_controller
+            from plugins.slot import run_slot
+
+            return run_controller(settings, run_slot)
+        case "scheduler":
+            from plugins.scheduler_process import run as run_scheduler
+
+            return run_scheduler(settings)
+        case "node":
+            from plugins.node.process import run as run_node
+
+            return run_node(settings)
+        case _:
+            raise ValueError(f"there is no role {role!r}: api, controller, scheduler or node")
+
+
+def main() -> int:
+    """Read the settings and run the role."""
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
+    try:
+        return run_role(sys.argv[1], settings)
+    except RocyardError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

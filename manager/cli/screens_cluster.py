@@ -1,0 +1,141 @@
+"""The cluster, its nodes and its keys as people read them. Pure: from answers of the API to renderables."""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from manager.cli.screens_tasks import STYLES, plain_table
+from manager.cli.text import NONE, ago, bar, count, memory, one_line, plain, seconds
+from manager.core.lifecycle import TaskStatus
+from manager.core.quantities import format_memory
+from manager.core.requests import ClusterView, DeviceView, KeyView, QueueView, TaskCounts, WorkerState, WorkerView
+
+BAR_WIDTH: Final = 20
+QUEUES_SHOWN_MAX: Final = 12
+"""The longest ones; a screen holds no more, `--output json` has all."""
+
+_LEASED, _FOREIGN = "█", "▒"
+_BAR_STYLES: Final = {_LEASED: "blue", _FOREIGN: "red", "·": "dim"}
+_STATES: Final[dict[WorkerState, str]] = {
+    WorkerState.LIVE: "green",
+    WorkerState.NO_WORKER: "yellow",
+    WorkerState.SILENT: "yellow",
+    WorkerState.LOST: "bold red",
+    WorkerState.LEFT: "dim",
+}
+assert _STATES.keys() == set(WorkerState)
+
+
+def status_screen(cluster: ClusterView, url: str) -> RenderableType:
+    """The cluster at a glance: problems first."""
+    where = f"{plain(url)} · {cluster.at:%H:%M:%S} UTC"
+    parts: list[RenderableType] = [
+        Text.assemble(("Rocyard", "bold"), f" {plain(cluster.version)} · {where}"),
+        _verdict(cluster),
+        Text(),
+        tasks_line(cluster.tasks),
+    ]
+    waiting = sorted((q for q in cluster.queues if q.depth), key=lambda queue: (-queue.depth, queue.shape_id))
+    if waiting:
+        parts += [Text(), _queue_table(waiting[:QUEUES_SHOWN_MAX], tenants=len({q.tenant for q in waiting}) > 1)]
+        if len(waiting) > QUEUES_SHOWN_MAX:
+            parts.append(Text(f"… and {len(waiting) - QUEUES_SHOWN_MAX} more shapes with waiting tasks", "dim"))
+    parts += [Text(), workers_screen(cluster.workers)]
+    return Group(*parts)
+
+
+def _verdict(cluster: ClusterView) -> RenderableType:
+    if not cluster.problems:
+        fsync = "every accepted task is on disk" if cluster.store.fsync == "always" else f"fsync {cluster.store.fsync}"
+        return Text.assemble(("● ", "green"), f"all is well; {plain(fsync)}")
+    return Group(*(Text.assemble(("● ", "red"), plain(problem)) for problem in cluster.problems))
+
+
+def tasks_line(tasks: TaskCounts) -> Text:
+    """Tasks by status, with a colour for each that there are any of."""
+    counts = {
+        TaskStatus.QUEUED: tasks.queued,
+        TaskStatus.BLOCKED: tasks.blocked,
+        TaskStatus.RETRY_WAIT: tasks.retry_wait,
+        TaskStatus.RUNNING: tasks.running,
+        TaskStatus.SUCCEEDED: tasks.succeeded,
+        TaskStatus.FAILED: tasks.failed,
+        TaskStatus.CANCELLED: tasks.cancelled,
+    }
+    line = Text("Tasks   ", "bold")
+    quiet = {TaskStatus.BLOCKED, TaskStatus.RETRY_WAIT, TaskStatus.CANCELLED}
+    for status, number in counts.items():
+        if number or status not in quiet:
+            line.append(f"{number:,}", STYLES[status] if number else "dim")
+            line.append(f" {status.lower().replace('_', ' ')}   ", "" if number else "dim")
+    line.rstrip()
+    return line
+
+
+def _queue_table(queues: Sequence[QueueView], *, tenants: bool) -> RenderableType:
+    table = plain_table("WAITING", "NEEDS", *(["TENANT"] if tenants else []), "SLOTS", "OLDEST", "RUN TIME")
+    for queue in queues:
+        opening = f" +{queue.slots_opening} opening" if queue.slots_opening else ""
+        table.add_row(
+            Text(f"{queue.depth:,}"),
+            Text(memory(queue.memory_bytes, queue.gpus)),
+            *([Text(one_line(queue.tenant, 16))] if tenants else []),
+            Text(f"{queue.slots_open} open{opening}"),
+            Text(seconds(queue.oldest_wait_s)),
+            Text(seconds(queue.run_s)),
+        )
+    return table
+
+
+def workers_screen(workers: Sequence[WorkerView]) -> RenderableType:
+    """Every node, and a row for each of its devices."""
+    if not workers:
+        return Text("No nodes. Start an agent on a machine with devices: rocyard node")
+    table = plain_table("NODE / DEVICE", "", "LEASED", "OF", "USED", "")
+    for worker in workers:
+        table.add_row(
+            Text(one_line(worker.node, 24), "bold"),
+            Text.assemble(
+                (worker.state.replace("_", " "), _STATES[worker.state]),
+                (f"  {count(worker.slots, 'slot')}, {worker.tasks_running} running", "dim"),
+            ),
+        )
+        for device in worker.devices:
+            table.add_row(*_device_row(device))
+    return table
+
+
+def _device_row(device: DeviceView) -> tuple[Text, ...]:
+    usable = max(device.usable_bytes, 1)
+    shares = ((device.leased_bytes / usable, _LEASED), (device.foreign_bytes / usable, _FOREIGN))
+    blocks = Text.assemble(*((text, _BAR_STYLES[character]) for character, text in bar(shares, BAR_WIDTH)))
+    notes = []
+    if device.utilisation_ratio is not None:
+        notes.append(f"{device.utilisation_ratio:.0%} busy")
+    if device.foreign_bytes:
+        notes.append(f"{format_memory(device.foreign_bytes)} foreign")
+    if not device.healthy:
+        notes.append(f"unhealthy: {one_line(device.problem, 60)}")
+    return (
+        Text(f"  {device.index} {one_line(device.model, 22)}"),
+        blocks,
+        Text(format_memory(device.leased_bytes), "" if device.leased_bytes else "dim"),
+        Text(format_memory(device.usable_bytes)),
+        Text(NONE if device.used_bytes is None else format_memory(device.used_bytes), "" if device.used_bytes else "dim"),
+        Text(", ".join(notes), "" if device.healthy else "red"),
+    )
+
+
+def keys_table(keys: Sequence[KeyView], now: dt.datetime | None = None) -> RenderableType:
+    """API keys; revoked ones last."""
+    now = now or dt.datetime.now(dt.UTC)
+    table = plain_table("KEY", "TENANT", "SCOPE", "MADE", "")
+    for key in sorted(keys, key=lambda key: (key.revoked_at is not None, key.created_at)):
+        revoked = f"revoked {ago(key.revoked_at, now)}" if key.revoked_at else ""
+        style = "dim" if key.revoked_at else ""
+        cells = (key.key_id, one_line(key.tenant, 30), key.scope.value, ago(key.created_at, now), revoked)
+        table.add_row(*(Text(cell, style) for cell in cells))
+    return table

@@ -1,0 +1,182 @@
+"""Tasks, explanations and functions as people read them. Pure: from answers of the API to renderables.
+
+Made for 80 columns. Words that came from users are made safe first (`manager.cli.text.plain`).
+"""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from manager.cli.text import NONE, ago, arguments_of, clock, count, memory, one_line, plain, seconds, span
+from manager.core.explain import Explanation
+from manager.core.lifecycle import TaskStatus
+from manager.core.model import TaskError
+from manager.core.quantities import format_duration
+from manager.core.requests import Cancelled, FunctionView, TaskSummary, TaskView
+
+RESULT_CHARS_MAX: Final = 4000
+"""A screen or two; `--output json` has all of it."""
+
+STYLES: Final[dict[TaskStatus, str]] = {
+    TaskStatus.BLOCKED: "dim",
+    TaskStatus.QUEUED: "cyan",
+    TaskStatus.RUNNING: "bold blue",
+    TaskStatus.RETRY_WAIT: "yellow",
+    TaskStatus.SUCCEEDED: "green",
+    TaskStatus.FAILED: "bold red",
+    TaskStatus.CANCELLED: "magenta",
+}
+assert STYLES.keys() == set(TaskStatus)
+
+
+def plain_table(*columns: str) -> Table:
+    """An empty table without lines between its cells."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def fields(pairs: Sequence[tuple[str, RenderableType]]) -> Table:
+    """Names on the left, values on the right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, show_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, value)
+    return table
+
+
+def task_table(tasks: Sequence[TaskSummary], now: dt.datetime | None = None) -> RenderableType:
+    """A list of tasks."""
+    if not tasks:
+        return Text("No tasks. Submit one: rocyard submit --memory 1GiB --wait echo '{\"x\": 1}'")
+    now = now or dt.datetime.now(dt.UTC)
+    tenants = len({task.tenant for task in tasks}) > 1
+    table = plain_table("TASK", "STATUS", "FUNCTION", *(["TENANT"] if tenants else []), "NODE", "AGE", "TOOK")
+    table.columns[0].min_width = 26
+    for task in tasks:
+        cells = [
+            Text(task.task_id),
+            Text(task.status, STYLES[task.status]),
+            Text(one_line(task.function, 24)),
+            *([Text(one_line(task.tenant, 16))] if tenants else []),
+            Text(one_line(task.node or NONE, 20)),
+            Text(ago(task.created_at, now).removesuffix(" ago")),
+            Text(span(task.started_at, task.finished_at)),
+        ]
+        table.add_row(*cells)
+    return table
+
+
+def task_screen(task: TaskView) -> RenderableType:
+    """All about one task."""
+    counted = [(task.failures, "failure"), (task.crashes, "crash"), (task.losses, "loss")]
+    blame = ", ".join(count(number, noun).replace("crashs", "crashes").replace("losss", "losses") for number, noun in counted if number)
+    pairs: list[tuple[str, RenderableType]] = [
+        ("task", Text(task.task_id)),
+        ("status", Text(task.status + (" (cancelling)" if _cancelling(task) else ""), STYLES[task.status])),
+        ("function", Text(one_line(task.function))),
+        ("tenant", Text(one_line(task.tenant))),
+        ("needs", Text(f"{memory(task.memory_bytes, task.gpus)}, at most {format_duration(task.time_limit_s)}")),
+        ("node", Text(one_line(task.node or NONE))),
+        ("attempt", Text(f"{task.attempt}" + (f" ({blame})" if blame else ""))),
+        ("submitted", Text(clock(task.created_at))),
+        ("started", Text(clock(task.started_at) + _waited(task))),
+        ("finished", Text(clock(task.finished_at) + _took(task))),
+    ]
+    if task.priority:
+        pairs.insert(5, ("priority", Text(str(task.priority))))
+    if not isinstance(task.args, msgspec.UnsetType):
+        pairs.append(("arguments", json_text(bytes(task.args))))
+    if task.result is not None:
+        pairs.append(("result", json_text(bytes(task.result))))
+    parts: list[RenderableType] = [fields(pairs)]
+    if task.error is not None:
+        parts.append(error_text(task.error))
+    return Group(*parts)
+
+
+def _cancelling(task: TaskView) -> bool:
+    return task.cancel_requested and task.finished_at is None
+
+
+def _waited(task: TaskView) -> str:
+    return f"  (after {span(task.created_at, task.started_at)})" if task.started_at is not None else ""
+
+
+def _took(task: TaskView) -> str:
+    return f"  (took {span(task.started_at, task.finished_at)})" if task.started_at and task.finished_at else ""
+
+
+def json_text(raw: bytes) -> Text:
+    """JSON, indented where it is long, cut where it is very long."""
+    text = raw.decode()
+    if len(text) > 60:
+        text = msgspec.json.format(text, indent=2)
+    if len(text) > RESULT_CHARS_MAX:
+        text = f"{text[:RESULT_CHARS_MAX]}\n… {len(text) - RESULT_CHARS_MAX} more characters: --output json"
+    return Text(plain(text))
+
+
+def error_text(error: TaskError) -> RenderableType:
+    """Why a task failed."""
+    head = Text.assemble((f"\n{error.type}: ", "bold red"), plain(error.message))
+    return Group(head, Padding(Text(plain(error.traceback.rstrip()), "dim"), (0, 0, 0, 2))) if error.traceback else head
+
+
+def cancelled_line(answer: Cancelled) -> str:
+    """What a cancellation did."""
+    if answer.status is TaskStatus.CANCELLED:
+        return f"{answer.task_id} is cancelled"
+    if answer.cancel_requested:
+        return f"{answer.task_id} is being ended"
+    return f"{answer.task_id} had ended already ({answer.status})"
+
+
+def explanation_screen(found: Explanation) -> RenderableType:
+    """Why a task is where it is, with a row for each node."""
+    head = Text.assemble((found.status, STYLES[found.status]), "  ", (found.reason, "bold"))
+    pairs: list[tuple[str, RenderableType]] = [("needs", Text(memory(found.memory_bytes, found.gpus)))]
+    if found.wait_s is not None:
+        pairs.append(("waits", Text(seconds(found.wait_s))))
+    if found.position is not None:
+        pairs.append(("position", Text("next" if found.position == 0 else f"{found.position} before it")))
+    if found.slots_open or found.slots_opening:
+        opening = f", {found.slots_opening} opening" if found.slots_opening else ""
+        pairs.append(("slots", Text(f"{found.slots_open} open{opening}")))
+    parts: list[RenderableType] = [head, Text(plain(found.message)), Text(), fields(pairs)]
+    if found.workers:
+        table = plain_table("NODE", "VERDICT", "")
+        table.columns[2].no_wrap = False
+        for worker in found.workers:
+            style = "green" if worker.verdict == "Fits" else "yellow"
+            table.add_row(Text(one_line(worker.node, 24)), Text(worker.verdict, style), Text(plain(worker.detail)))
+        parts += [Text(), table]
+    return Group(*parts)
+
+
+def functions_screen(functions: Sequence[FunctionView]) -> RenderableType:
+    """Every function with its arguments and defaults."""
+    if not functions:
+        return Text("No functions yet: a node's agent publishes them when it has started.")
+    parts: list[RenderableType] = []
+    for function in functions:
+        needs = f"{memory(function.memory_bytes, function.gpus)}, at most {format_duration(function.time_limit_s)}"
+        schema = None if function.schema is None else msgspec.json.decode(function.schema)
+        lines = [Text.assemble((plain(function.name), "bold"), (f"  {needs}", "dim"))]
+        if function.description:
+            lines.append(Text(f"  {one_line(function.description)}"))
+        arguments = ", ".join(arguments_of(schema if isinstance(schema, dict) else None))
+        if arguments:
+            lines.append(Text(f"  {arguments}", "cyan"))
+        if function.problem:
+            lines.append(Text(f"  cannot be used: {one_line(function.problem)}", "red"))
+        parts += [*lines, Text()]
+    return Group(*parts[:-1])

@@ -1,0 +1,209 @@
+"""Commands about tasks and functions. Each parses, calls the client, and prints."""
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from manager.cli.exits import Exit, exit_of
+from manager.cli.session import Session, command, print_json, read_object
+from manager.core.errors import RocyardError
+
+if TYPE_CHECKING:
+    from manager.client import Client
+
+LISTED: Final = 20
+"""Tasks that `rocyard tasks` shows: a screenful."""
+
+
+@command("submit", client=True)
+@click.argument("function")
+@click.argument("args", default="{}")
+@click.option("-m", "--memory", metavar="SIZE", help="Memory on each device, such as 24GiB; else the function's default.")
+@click.option("-g", "--gpus", type=click.IntRange(min=1), help="Devices, all on one node; else the function's default.")
+@click.option("-p", "--priority", type=click.IntRange(-10, 10), default=0, help="Higher first; 0 if left out.")
+@click.option("--max-attempts", type=click.IntRange(1, 100), default=1, help="Runs it may have if it fails; 1.")
+@click.option("--time-limit", metavar="TIME", help="Longest that one run may take, such as 5m.")
+@click.option("-w", "--wait", is_flag=True, help="Wait for its end and print its result.")
+@click.option("--timeout", metavar="TIME", help="With --wait: how long at most.")
+def submit(
+    session: Session,
+    *,
+    function: str,
+    args: str,
+    memory: str | None,
+    gpus: int | None,
+    priority: int,
+    max_attempts: int,
+    time_limit: str | None,
+    wait: bool,
+    timeout: str | None,
+) -> int:
+    """Submit a task that runs FUNCTION, and print its id.
+
+    ARGS is a JSON object of the function's arguments: as text, @FILE, or - for stdin. 'rocyard functions' lists functions
+    and what they take.
+    """
+    timeout_s = _timeout(timeout, wait=wait)
+    values = read_object(args)
+    with session.client() as client:
+        task = client.submit(
+            function,
+            values,
+            memory=int(memory) if memory is not None and memory.isdigit() else memory,
+            gpus=gpus,
+            priority=priority,
+            max_attempts=max_attempts,
+            time_limit=time_limit,
+        )
+        if not wait:
+            view = {"task_id": task.task_id}
+            if session.wants_json:
+                print_json(view)
+            else:
+                click.echo(task.task_id)
+            return Exit.OK
+        session.note(f"task {task.task_id}")
+        return _wait_and_print(session, client, task.task_id, timeout_s)
+
+
+def _timeout(text: str | None, *, wait: bool) -> float | None:
+    from manager.core.quantities import parse_duration
+
+    if text is None:
+        return None
+    if not wait:
+        raise click.UsageError("--timeout needs --wait.")
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.UsageError(f"--timeout: {error}") from error
+
+
+def _wait_and_print(session: Session, client: "Client", task_id: str, timeout_s: float | None) -> int:
+    """Wait for a task and print its result (as JSON output: the whole task); the exit code for how it ended."""
+    from manager.client import result_of
+
+    try:
+        view = client.wait(task_id, timeout_s)
+    except KeyboardInterrupt:
+        session.note(f"The task goes on: 'rocyard show {task_id}', 'rocyard cancel {task_id}'.")
+        raise
+    if session.wants_json:
+        print_json(view)
+    try:
+        result = result_of(view)
+    except RocyardError as error:
+        if session.wants_json:
+            return exit_of(error)
+        raise
+    if not session.wants_json:
+        print_json(result)
+    return Exit.OK
+
+
+@command("tasks", client=True)
+@click.option("-s", "--status", metavar="STATUS", help="Only these: QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, …")
+@click.option("-f", "--function", help="Only tasks of this function.")
+@click.option("--tenant", help="Only this tenant's (admin keys).")
+@click.option("-n", "--limit", type=click.IntRange(min=1), default=LISTED, help=f"How many; {LISTED} if left out.")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def tasks(
+    session: Session, *, status: str | None, function: str | None, tenant: str | None, limit: int, everything: bool
+) -> int:
+    """List tasks, newest first."""
+    from manager.cli.screens_tasks import task_table
+    from manager.core.lifecycle import TaskStatus
+
+    if status is not None and status.upper() not in set(TaskStatus):
+        raise click.UsageError(f"--status: {status!r} is none of {', '.join(TaskStatus)}.")
+    # One more than is shown tells whether there are more.
+    asked = None if everything else limit + 1
+    with session.client() as client:
+        wanted = status.upper() if status else None
+        found = list(client.tasks(status=wanted, function=function, tenant=tenant, limit=asked))
+    shown = found if everything else found[:limit]
+    session.emit(shown, task_table)
+    if len(shown) < len(found):
+        session.note(f"{len(shown)} newest shown; more with --limit or --all.")
+    return Exit.OK
+
+
+@command("show", client=True)
+@click.argument("task")
+@click.option("--args", "with_args", is_flag=True, help="With its arguments.")
+def show(session: Session, *, task: str, with_args: bool) -> int:
+    """Everything about TASK: where it is in its life, and its result or error."""
+    from manager.cli.screens_tasks import task_screen
+
+    with session.client() as client:
+        session.emit(client.get(task, with_args=with_args), task_screen)
+    return Exit.OK
+
+
+@command("logs", client=True)
+@click.argument("task")
+def logs(session: Session, *, task: str) -> int:
+    """What TASK has written: its stdout on stdout, its stderr on stderr."""
+    import sys
+
+    from manager.cli.text import coloured, count
+
+    with session.client() as client:
+        log = client.logs(task)
+    if session.wants_json:
+        print_json(log)
+        return Exit.OK
+    for text, stream in ((log.stdout, sys.stdout), (log.stderr, sys.stderr)):
+        # A file gets what was written; a terminal must not be at a task's mercy.
+        stream.write(coloured(text) if stream.isatty() else text)
+        stream.flush()
+    if log.dropped_bytes:
+        session.note(f"({count(log.dropped_bytes, 'byte')} were not kept: setting tasks.log_bytes_max)")
+    return Exit.OK
+
+
+@command("explain", client=True)
+@click.argument("task")
+def explain(session: Session, *, task: str) -> int:
+    """Why TASK is where it is, and what each node says to it."""
+    from manager.cli.screens_tasks import explanation_screen
+
+    with session.client() as client:
+        session.emit(client.explain(task), explanation_screen)
+    return Exit.OK
+
+
+@command("cancel", client=True)
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK…")
+def cancel(session: Session, *, tasks: tuple[str, ...]) -> int:
+    """End each TASK: at once where it waits, within seconds where it runs."""
+    from manager.cli.screens_tasks import cancelled_line
+
+    worst = Exit.OK
+    with session.client() as client:
+        answers = []
+        for task in tasks:
+            try:
+                answers.append(client.cancel(task))
+            except RocyardError as error:
+                if len(tasks) == 1:
+                    raise
+                # The others are ended all the same.
+                worst = max(worst, exit_of(error))
+                click.echo(f"error: {task}: {error}", err=True)
+    if session.wants_json:
+        print_json(answers)
+    else:
+        for answer in answers:
+            click.echo(cancelled_line(answer))
+    return worst
+
+
+@command("functions", client=True)
+def functions(session: Session) -> int:
+    """What tasks can run: name, what it takes, and what it needs if nothing is said."""
+    from manager.cli.screens_tasks import functions_screen
+
+    with session.client() as client:
+        session.emit(client.functions(), functions_screen)
+    return Exit.OK

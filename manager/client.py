@@ -1,0 +1,310 @@
+"""The synchronous client of the REST API: what the CLI, the demo and `rocyard.Client` share.
+
+Owns paths and what an answer means to the caller. It reads no environment (`manager.client_address` says where the
+cluster is) and prints nothing. One client may be used from several threads.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+import httpx
+import msgspec
+
+from manager.client_address import ClusterAddress
+from manager.client_errors import TaskCancelled, TaskFailed, WaitTimeout
+from manager.client_wire import Wire, segment
+from manager.core import requests as rest
+from manager.core.errors import RocyardError
+from manager.core.explain import Explanation
+from manager.core.lifecycle import FINAL, TaskStatus
+from manager.settings import Secret
+
+WAIT_STEP_S: Final = 20.0
+"""One long poll: short enough for proxies that cut silent connections."""
+WAIT_PATIENCE_S: Final = 60.0
+"""How long a GET is tried again while waiting for a task, which no restart can lose."""
+BATCH_BYTES_MAX: Final = 900 * 1024
+"""Under the API's default limit of a body, 1 MiB."""
+
+
+class Task:
+    """A submitted task: its id, and the client's calls about it."""
+
+    __slots__ = ("_client", "task_id")
+
+    def __init__(self, client: "Client", task_id: str) -> None:
+        self._client = client
+        self.task_id = task_id
+
+    def __repr__(self) -> str:
+        return f"Task({self.task_id!r})"
+
+    def view(self) -> rest.TaskView:
+        """The task as it stands now."""
+        return self._client.get(self.task_id)
+
+    def wait(self, timeout_s: float | None = None) -> rest.TaskView:
+        """The task once it has ended; see `Client.wait`."""
+        return self._client.wait(self.task_id, timeout_s)
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """What the function returned; see `Client.result`."""
+        return self._client.result(self.task_id, timeout_s)
+
+    def cancel(self) -> rest.Cancelled:
+        """Ask for its end."""
+        return self._client.cancel(self.task_id)
+
+    def logs(self) -> rest.TaskLog:
+        """What it has written."""
+        return self._client.logs(self.task_id)
+
+    def explain(self) -> Explanation:
+        """Why it is where it is."""
+        return self._client.explain(self.task_id)
+
+
+TaskLike = Task | str
+
+
+def task_request(
+    function: str,
+    args: Mapping[str, Any] | None = None,
+    *,
+    memory: int | str | None = None,
+    gpus: int | None = None,
+    priority: int = 0,
+    max_attempts: int = 1,
+    time_limit: float | str | None = None,
+) -> rest.TaskRequest:
+    """One task to submit.
+
+    Args:
+        function: a registered name.
+        args: its keyword arguments; anything that JSON can say.
+        memory: on each device, bytes or a text such as "24GiB"; None takes the function's default.
+        gpus: devices on one node; None takes the function's default.
+        priority: -10 to 10, higher first.
+        max_attempts: how often the function may run if it fails.
+        time_limit: of one attempt, seconds or a text such as "5m"; None takes the function's default.
+    """
+    return rest.TaskRequest(
+        function=function,
+        args=msgspec.Raw(msgspec.json.encode(args or {})),
+        resources=rest.ResourceRequest(memory=memory, gpus=gpus),
+        priority=priority,
+        max_attempts=max_attempts,
+        time_limit=time_limit,
+    )
+
+
+class Client:
+    """Talks to one cluster with one key.
+
+    Args:
+        address: which cluster, with which key.
+        transport: stands in for the network in tests.
+    """
+
+    def __init__(self, address: ClusterAddress, *, transport: httpx.BaseTransport | None = None) -> None:
+        self.address = address
+        self._wire = Wire(address, transport)
+
+    @classmethod
+    def at(cls, url: str, api_key: str) -> Self:
+        """A client of the cluster at `url`."""
+        return cls(ClusterAddress(url.rstrip("/"), Secret(api_key), "arguments"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._wire.close()
+
+    # --- tasks --------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        function: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        memory: int | str | None = None,
+        gpus: int | None = None,
+        priority: int = 0,
+        max_attempts: int = 1,
+        time_limit: float | str | None = None,
+    ) -> Task:
+        """Submit one task; on return it is on disk. Arguments as for `task_request`.
+
+        Raises:
+            InvalidArguments, Infeasible, FunctionNotFound, QuotaExceeded …: the server's words.
+            ClusterUnreachable: no answer came, and nobody knows whether the task was accepted.
+        """
+        request = task_request(
+            function,
+            args,
+            memory=memory,
+            gpus=gpus,
+            priority=priority,
+            max_attempts=max_attempts,
+            time_limit=time_limit,
+        )
+        return Task(self, self._wire.post("/v1/tasks", msgspec.json.encode(request), rest.Accepted).task_id)
+
+    def submit_many(self, requests: Iterable[rest.TaskRequest]) -> list[Task]:
+        """Submit tasks in as few batches as their number and size allow. Each batch is accepted whole or not at all.
+
+        Raises:
+            RocyardError: a batch was refused; `details["accepted"]` holds the ids of the batches before it.
+        """
+        tasks: list[Task] = []
+        for body in _batches(requests):
+            try:
+                accepted = self._wire.post("/v1/tasks/batch", body, rest.BatchAccepted)
+            except RocyardError as error:
+                error.details["accepted"] = [task.task_id for task in tasks]
+                raise
+            tasks += [Task(self, one.task_id) for one in accepted.tasks]
+        return tasks
+
+    def get(self, task: TaskLike, *, with_args: bool = False) -> rest.TaskView:
+        """The task as it stands now, with its result where it has one."""
+        return self._wire.get(_path(task), rest.TaskView, {"args": "true"} if with_args else None)
+
+    def wait(self, task: TaskLike, timeout_s: float | None = None) -> rest.TaskView:
+        """The task once it has ended, well or badly.
+
+        Raises:
+            WaitTimeout: it has not ended after `timeout_s` seconds (None: no limit).
+        """
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = WAIT_STEP_S if end_s is None else min(WAIT_STEP_S, end_s - time.monotonic())
+            step_s = max(left_s, 0.0)
+            patience_s = WAIT_PATIENCE_S if end_s is None else min(WAIT_PATIENCE_S, max(end_s - time.monotonic(), 0.0))
+            view = self._wire.get(_path(task), rest.TaskView, {"wait": f"{step_s:.3f}"}, step_s, patience_s)
+            if view.status in FINAL:
+                return view
+            if end_s is not None and time.monotonic() >= end_s:
+                raise WaitTimeout(f"Task {view.task_id} is {view.status} after {timeout_s:g} s of waiting; it goes on.")
+
+    def result(self, task: TaskLike, timeout_s: float | None = None) -> Any:
+        """What the function returned, once it has.
+
+        Raises:
+            TaskFailed, TaskCancelled: it did not return.
+            WaitTimeout: it has not ended in time.
+        """
+        return result_of(self.wait(task, timeout_s))
+
+    def cancel(self, task: TaskLike) -> rest.Cancelled:
+        """Ask for the task's end: at once where it waits, within seconds where it runs."""
+        return self._wire.post(f"{_path(task)}/cancel", b"", rest.Cancelled)
+
+    def logs(self, task: TaskLike) -> rest.TaskLog:
+        """What the newest attempt has written."""
+        return self._wire.get(f"{_path(task)}/logs", rest.TaskLog)
+
+    def explain(self, task: TaskLike) -> Explanation:
+        """Why the task is where it is, with a verdict for each worker."""
+        return self._wire.get(f"{_path(task)}/explain", Explanation)
+
+    def tasks(
+        self,
+        *,
+        status: TaskStatus | str | None = None,
+        function: str | None = None,
+        tenant: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[rest.TaskSummary]:
+        """Tasks, newest first, page by page as they are asked for.
+
+        Args:
+            status: only tasks with it.
+            function: only tasks of it.
+            tenant: whose; for admins.
+            limit: at most so many; None is all.
+        """
+        asked = {"status": status, "function": function, "tenant": tenant}
+        query = {name: str(value) for name, value in asked.items() if value is not None}
+        left = limit
+        while left is None or left > 0:
+            query["limit"] = str(rest.PAGE_MAX if left is None else min(left, rest.PAGE_MAX))
+            page = self._wire.get("/v1/tasks", rest.TaskPage, query)
+            yield from page.tasks
+            if page.next_cursor is None:
+                return
+            query["cursor"] = page.next_cursor
+            left = None if left is None else left - len(page.tasks)
+
+    # --- the cluster --------------------------------------------------------------------------------------------
+
+    def functions(self) -> tuple[rest.FunctionView, ...]:
+        """What tasks may name."""
+        return self._wire.get("/v1/functions", rest.FunctionList).functions
+
+    def workers(self) -> tuple[rest.WorkerView, ...]:
+        """Nodes with their devices."""
+        return self._wire.get("/v1/workers", rest.WorkerList).workers
+
+    def status(self) -> rest.ClusterView:
+        """The cluster at this moment."""
+        return self._wire.get("/v1/cluster/status", rest.ClusterView)
+
+    def create_key(self, tenant: str, scope: rest.KeyScope = rest.KeyScope.USER) -> rest.KeyCreated:
+        """Make an API key; its text is in the answer and nowhere else. For admins."""
+        body = msgspec.json.encode(rest.KeyRequest(tenant=tenant, scope=scope))
+        return self._wire.post("/v1/keys", body, rest.KeyCreated)
+
+    def keys(self) -> tuple[rest.KeyView, ...]:
+        """All API keys, without their secrets. For admins."""
+        return self._wire.get("/v1/keys", rest.KeyList).keys
+
+    def revoke_key(self, key_id: str) -> rest.KeyView:
+        """End a key. For admins."""
+        return self._wire.post(f"/v1/keys/{segment(key_id)}/revoke", b"", rest.KeyView)
+
+
+def result_of(view: rest.TaskView) -> Any:
+    """The result of a task that has ended.
+
+    Raises:
+        TaskFailed, TaskCancelled: it has none.
+    """
+    match view.status:
+        case TaskStatus.SUCCEEDED:
+            return None if view.result is None else msgspec.json.decode(view.result)
+        case TaskStatus.CANCELLED:
+            raise TaskCancelled(view.task_id)
+        case _:
+            error = view.error
+            if error is None:
+                raise TaskFailed(view.task_id, "Unknown", "the task failed and left no reason")
+            raise TaskFailed(view.task_id, error.type, error.message, error.traceback)
+
+
+def _batches(requests: Iterable[rest.TaskRequest]) -> Iterator[bytes]:
+    """Bodies of batch submissions, each within the limits of number and size."""
+    parts: list[bytes] = []
+    size = 0
+    for request in requests:
+        part = msgspec.json.encode(request)
+        if parts and (len(parts) == rest.TASKS_PER_BATCH_MAX or size + len(part) > BATCH_BYTES_MAX):
+            yield b'{"tasks":[' + b",".join(parts) + b"]}"
+            parts, size = [], 0
+        parts.append(part)
+        size += len(part) + 1
+    if parts:
+        yield b'{"tasks":[' + b",".join(parts) + b"]}"
+
+
+def _path(task: TaskLike) -> str:
+    return f"/v1/tasks/{segment(task if isinstance(task, str) else task.task_id)}"

@@ -1,0 +1,100 @@
+"""Where the cluster is and whose key to use: arguments, else variables, else the file that `rocyard up` writes.
+
+Owns the order and the file's form. Reads no environment of its own: the caller gives the variables. A key out of the
+file is only ever used for the URL in the same file, so that no other host is sent it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from manager.core.errors import SettingsError
+from manager.settings import Secret, Settings
+
+URL_VARIABLE: Final = "ROCYARD_URL"
+KEY_VARIABLE: Final = "ROCYARD_API_KEY"
+FOLDER_VARIABLE: Final = "ROCYARD_DATA_DIR"
+FILE_NAME: Final = "client.json"
+FILE_BYTES_MAX: Final = 64 * 1024
+"""A hundred times a real one."""
+
+
+class ClientFile(msgspec.Struct, frozen=True):
+    """What `rocyard up` leaves in its data folder, mode 0600, for clients on this machine."""
+
+    url: str
+    api_key: str
+
+
+class ClusterAddress(msgspec.Struct, frozen=True):
+    """A cluster and a key for it.
+
+    Attributes:
+        url: without a slash at its end.
+        source: where both came from, for messages.
+    """
+
+    url: str
+    api_key: Secret
+    source: str
+
+
+def client_file(data_dir: str) -> Path:
+    """The file of the local cluster whose data lies in `data_dir`."""
+    return Path(data_dir).expanduser() / FILE_NAME
+
+
+def find_cluster(
+    url: str | None, api_key: str | None, variables: Mapping[str, str], data_dir: str | None = None
+) -> ClusterAddress:
+    """The cluster to talk to.
+
+    Args:
+        url: wins where it is given.
+        api_key: as `url`.
+        variables: the environment, read for ROCYARD_URL, ROCYARD_API_KEY and ROCYARD_DATA_DIR.
+        data_dir: the folder of the local cluster, where the settings name one.
+
+    Raises:
+        SettingsError: nothing was found, or only half of it; says what to do.
+    """
+    url = url or variables.get(URL_VARIABLE) or ""
+    api_key = api_key or variables.get(KEY_VARIABLE) or ""
+    path = client_file(data_dir or variables.get(FOLDER_VARIABLE) or Settings().data_dir)
+    if url and api_key:
+        return ClusterAddress(_checked(url), Secret(api_key), f"{URL_VARIABLE} and {KEY_VARIABLE}")
+    found = _read(path)
+    if found is None and not url:
+        raise SettingsError(
+            f"No cluster is known: {path} does not exist. Start one with 'rocyard up', or set {URL_VARIABLE} and "
+            f"{KEY_VARIABLE}."
+        )
+    if not url and found is not None:
+        return ClusterAddress(_checked(found.url), Secret(api_key or found.api_key), str(path))
+    if found is not None and _checked(found.url) == _checked(url):
+        return ClusterAddress(_checked(url), Secret(found.api_key), str(path))
+    raise SettingsError(f"No API key for {url}: set {KEY_VARIABLE} (an admin makes keys with 'rocyard keys create').")
+
+
+def _checked(url: str) -> str:
+    if not url.startswith(("http://", "https://")) or len(url) < 8:
+        raise SettingsError(f"{url[:80]!r} is no URL of a cluster: write one such as 'http://127.0.0.1:8000'.")
+    return url.rstrip("/")
+
+
+def _read(path: Path) -> ClientFile | None:
+    try:
+        with path.open("rb") as file:
+            return msgspec.json.decode(file.read(FILE_BYTES_MAX), type=ClientFile)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be read ({error.strerror}): set {URL_VARIABLE} and {KEY_VARIABLE}."
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"{path} is damaged: start the cluster again with 'rocyard up' to write it anew."
+        ) from error

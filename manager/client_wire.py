@@ -1,0 +1,116 @@
+"""One HTTP connection pool of the client: sending, waiting, trying again, and how errors come out.
+
+Only GETs are sent again: a POST whose answer was lost may have been accepted, and the API has no idempotency key yet.
+"""
+
+import random
+import time
+from collections.abc import Mapping
+from typing import Final, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+
+from manager.client_address import ClusterAddress
+from manager.client_errors import ClusterUnreachable, UnexpectedAnswer, error_of
+from manager.core.errors import BadRequest, Unauthorized
+
+ANSWER_S: Final = 15.0
+"""Longest wait for an answer: over the store's deadline on the server, so that its words arrive and not our timeout."""
+CONNECT_S: Final = 5.0
+IDLE_CONNECTION_S: Final = 2.0
+"""Under the server's own limit (uvicorn: 5 s): a POST must not go out on a connection that is just being closed."""
+CONNECTIONS_MAX: Final = 32
+"""Threads that share a client: more than any program of ours starts."""
+PATIENCE_S: Final = 5.0
+"""How long a GET is tried again: a restart of the API takes less."""
+PAUSE_S_MAX: Final = 2.0
+
+T = TypeVar("T")
+
+
+class Wire:
+    """Sends requests to one cluster with one key. Safe to share between threads."""
+
+    def __init__(self, address: ClusterAddress, transport: httpx.BaseTransport | None = None) -> None:
+        self.address = address
+        self._answered = False
+        self._http = httpx.Client(
+            base_url=address.url,
+            headers={"Authorization": f"Bearer {address.api_key.value}", "Accept": "application/json"},
+            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=CONNECTIONS_MAX, keepalive_expiry=IDLE_CONNECTION_S),
+            transport=transport,
+            # A proxy of the environment cannot know our loopback.
+            trust_env=urlsplit(address.url).hostname not in {"127.0.0.1", "::1", "localhost"},
+        )
+
+    def post(self, path: str, body: bytes, kind: type[T]) -> T:
+        try:
+            response = self._http.post(path, content=body, headers={"Content-Type": "application/json"})
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+        except httpx.TransportError as error:
+            unknown = "; whether it took the request is not known" if "/cancel" not in path else ""
+            raise ClusterUnreachable(f"{self.address.url} did not answer ({_words(error)}){unknown}.") from error
+        return self._decoded(response, kind)
+
+    def get(
+        self,
+        path: str,
+        kind: type[T],
+        query: Mapping[str, str] | None = None,
+        wait_s: float = 0.0,
+        patience_s: float = PATIENCE_S,
+    ) -> T:
+        """GET until there is an answer, or `patience_s` has gone by without a useful one."""
+        end_s = time.monotonic() + patience_s
+        timeout = httpx.Timeout(ANSWER_S + wait_s, connect=CONNECT_S)
+        attempt = 0
+        while True:
+            try:
+                response = self._http.get(path, params=query, timeout=timeout)
+                if response.status_code not in {502, 503, 504} or time.monotonic() >= end_s:
+                    return self._decoded(response, kind)
+            except httpx.TransportError as error:
+                # What has never answered is most likely not there: say so at once.
+                if not self._answered or time.monotonic() >= end_s:
+                    raise self._unreachable(error) from error
+            # Full jitter, so that the clients of a restarted API do not come back together.
+            time.sleep(min(random.uniform(0, min(PAUSE_S_MAX, 0.1 * 2**attempt)), max(end_s - time.monotonic(), 0)))  # noqa: S311
+            attempt += 1
+
+    def _decoded(self, response: httpx.Response, kind: type[T]) -> T:
+        self._answered = True
+        if response.is_success:
+            try:
+                return msgspec.json.decode(response.content, type=kind)
+            except msgspec.DecodeError as error:
+                words = f"{response.request.url.path} answered what this client does not understand ({error})"
+                raise UnexpectedAnswer(f"{words}: are {self.address.url} and this client of one version?") from error
+        refusal = error_of(response.status_code, response.content)
+        if isinstance(refusal, Unauthorized):
+            raise Unauthorized(f"{refusal} The key came from {self.address.source}.", **refusal.details)
+        raise refusal
+
+    def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachable:
+        return ClusterUnreachable(
+            f"No cluster answers at {self.address.url} ({_words(error)}; the address is from {self.address.source}). "
+            "Start one with 'rocyard up', or set ROCYARD_URL."
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+
+def segment(text: str) -> str:
+    """`text` as one segment of a path: an id from outside must not reach another route."""
+    if not text.isascii() or not text.replace("-", "").replace("_", "").isalnum():
+        raise BadRequest(f"{text[:80]!r} is no id.")
+    return text
+
+
+def _words(error: httpx.TransportError) -> str:
+    return "it took too long" if isinstance(error, httpx.TimeoutException) else str(error) or type(error).__name__

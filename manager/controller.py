@@ -1,0 +1,271 @@
+"""The controller: looks at the state, decides with pure functions, applies the answer; every step idempotent.
+
+It looks every period, and sooner when the store's functions say that a round is worth while. Only the leader acts, and each
+of its writes bears its token. It must not run user code and must not place: that is the scheduler plugin's.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from typing import Final
+
+import msgspec
+
+from manager.core.errors import RocyardError, StoreUnavailable
+from manager.core.ids import new_id
+from manager.core.leadership import BeatWatch
+from manager.core.lifecycle import SlotFlag, SlotStatus
+from manager.core.model import ClusterState
+from manager.core.placement import index_of
+from manager.core.planner import Limits, Plan, plan
+from manager.core.reconcile import repairs
+from manager.core.shapes import Shape
+from manager.dask_side import DaskSide, DaskUnavailable, RunSlot, SlotOnDask
+from manager.leader import Leadership
+from manager.log import configure_logging, get_logger
+from manager.metrics import LOOP_ERRORS, QUEUE_TASKS, ROUND_DURATION, ROUNDS, SLOTS, serve_metrics
+from manager.settings import Settings
+from manager.store import Store, StoreConnection
+from manager.store.store import connect
+
+ROUND_PAUSE_S: Final = 0.02
+"""Between two rounds that were asked for: what is asked for within this time is one round."""
+SWEEP_S: Final = 30.0
+TOMBSTONE_S: Final = 3600.0
+"""A closed slot's id is remembered for this long: far over the time that any request can lie in a buffer."""
+STAND_STILL_S: Final = 1.0
+"""A round that came so much later than planned means that this process, not the nodes, stood still."""
+
+log = get_logger("rocyard.controller")
+
+
+class Controller:
+    """One candidate for leader. `run` returns when `stop` was called."""
+
+    def __init__(self, settings: Settings, store: Store, listener: StoreConnection, dask_side: DaskSide) -> None:
+        self.settings = settings
+        self.store = store
+        self.listener = listener
+        self.dask = dask_side
+        holder = f"{socket.gethostname()}/{os.getpid()}/{new_id()}"
+        self.leadership = Leadership(store, holder, settings.controller.term_s)
+        slots = settings.slots
+        self.limits = Limits(slots.drain_target_s, slots.idle_s, slots.residence_s, slots.slots_per_shape_max)
+        self._watch = BeatWatch()
+        self._vtimes: dict[str, float] = {}
+        self._looked_s: float | None = None
+        self._swept_s = 0.0
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Have `run` return soon."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Look, decide, act, until stopped; then resign."""
+        listening = asyncio.create_task(self._listen())
+        try:
+            while not self._stopping:
+                began_s = time.monotonic()
+                again_s = await self._guarded_round()
+                pause = min(self.settings.controller.period_s, again_s)
+                await self._sleep(max(ROUND_PAUSE_S, pause - (time.monotonic() - began_s)))
+        finally:
+            listening.cancel()
+            await self.leadership.resign()
+            await self.dask.close()
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+            await asyncio.sleep(ROUND_PAUSE_S)
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                await self.listener.subscribe([self.store.keys.ctl], lambda _channel, _text: self._wake.set())
+            except StoreUnavailable:
+                await asyncio.sleep(0.2)
+            except Exception:
+                LOOP_ERRORS.labels(loop="controller_listen").inc()
+                log.exception("loop_failed", loop="controller_listen")
+                await asyncio.sleep(1.0)
+
+    async def _guarded_round(self) -> float:
+        try:
+            if not await self.leadership.step():
+                self._looked_s = None
+                return min(1.0, self.settings.controller.period_s)
+            with ROUND_DURATION.time():
+                again_s = await self.round()
+            ROUNDS.inc()
+            return again_s
+        except StoreUnavailable as error:
+            log.warning("round_without_store", error=str(error))
+            return 0.5
+        except Exception:
+            LOOP_ERRORS.labels(loop="controller").inc()
+            log.exception("loop_failed", loop="controller")
+            return 1.0
+
+    async def round(self) -> float:
+        """One round as leader; seconds until the next one is due at the latest."""
+        state = await self.store.look(leader=True)
+        self._account(state)
+        await self._fence_silent_nodes(state)
+        following = (await self.store.due())[1]
+        await self._sweep(state)
+        again_s = self.settings.controller.period_s if following is None else max(ROUND_PAUSE_S, following)
+        try:
+            on_dask, _ = await self.dask.slots()
+            dropped = await self._repair(state, on_dask)
+            planned = await self._plan(state, on_dask, dropped)
+        except DaskUnavailable as error:
+            log.warning("dask_unavailable", error=str(error))
+            return min(again_s, 0.25)
+        return min(again_s, planned.again_s or again_s)
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def _account(self, state: ClusterState) -> None:
+        """Device-seconds per shape, and what the metrics say. A shape that is new starts level with the others."""
+        now_s = time.monotonic()
+        elapsed_s = 0.0 if self._looked_s is None else now_s - self._looked_s
+        if elapsed_s > self.settings.controller.period_s + STAND_STILL_S:
+            self._watch.forgive(elapsed_s)
+        self._looked_s = now_s
+        shapes = {queue.shape_id: queue.shape for queue in state.queues}
+        floor = min((self._vtimes[shape] for shape in shapes if shape in self._vtimes), default=0.0)
+        self._vtimes = {shape: max(floor, self._vtimes.get(shape, floor)) for shape in shapes}
+        by_status: dict[SlotStatus, int] = dict.fromkeys(SlotStatus, 0)
+        for slot in state.slots:
+            by_status[slot.status] += 1
+            if slot.status is SlotStatus.OPEN and slot.shape_id in self._vtimes:
+                self._vtimes[slot.shape_id] += elapsed_s * shapes[slot.shape_id].gpus
+        SLOTS.labels(status="requested").set(by_status[SlotStatus.REQUESTED])
+        SLOTS.labels(status="open").set(by_status[SlotStatus.OPEN])
+        QUEUE_TASKS.labels(status="QUEUED").set(sum(queue.depth for queue in state.queues))
+
+    async def _fence_silent_nodes(self, state: ClusterState) -> None:
+        lease_s = self.settings.node.beat_s * self.settings.node.lease_beats
+        now_s = time.monotonic()
+        for row in state.nodes:
+            silent_s = self._watch.unchanged_s(row.node, (row.incarnation, row.beat), now_s)
+            if row.left or row.fenced or silent_s < lease_s:
+                continue
+            done, slots = await self.store.lost(self.leadership.token, row.node, row.incarnation)
+            if done:
+                log.warning("node_lost", node=row.node, incarnation=row.incarnation, silent_s=silent_s, slots=slots)
+                self._wake.set()
+        self._watch.keep(row.node for row in state.nodes)
+
+    async def _repair(self, state: ClusterState, on_dask: dict[str, SlotOnDask]) -> frozenset[str]:
+        """Bring Dask in line with the store; the slots that were taken back."""
+        known = {slot_id: (slot.state, slot.node) for slot_id, slot in on_dask.items()}
+        todo = repairs(state, known, self.settings.slots.open_deadline_s)
+        shapes = {queue.shape_id: queue.shape for queue in state.queues}
+        dropped = await self._drop(list(todo.drop), "NotOpened")
+        if todo.forget:
+            await self.dask.dropped(list(todo.forget))
+        for node, incarnation in todo.tell_lost:
+            # After the tombstones: what was placed there and never opened is refused when the node wakes up.
+            await self.dask.lost(node, incarnation)
+        for item in todo.resubmit:
+            if (shape := shapes.get(item.slot.shape_id)) is not None:
+                await self.dask.submit(item.slot.slot_id, shape, item.node)
+                log.info("slot_resubmitted", slot=item.slot.slot_id, node=item.node)
+        return dropped
+
+    async def _drop(self, slots: list[str], reason: str) -> frozenset[str]:
+        if not slots:
+            return frozenset()
+        dropped = await self.store.drop(self.leadership.token, reason, slots)
+        if dropped:
+            log.info("slots_dropped", slots=dropped, reason=reason)
+            await self.dask.dropped(dropped)
+        return frozenset(dropped or ())
+
+    async def _plan(self, state: ClusterState, on_dask: dict[str, SlotOnDask], dropped: frozenset[str]) -> Plan:
+        if dropped:
+            state = msgspec.structs.replace(state, slots=tuple(s for s in state.slots if s.slot_id not in dropped))
+        held = frozenset(s.slot_id for s in state.slots if (d := on_dask.get(s.slot_id)) and d.state == "held")
+        answer = plan(state, index_of(state), held, self._vtimes, self.limits)
+        shapes = {queue.shape_id: queue.shape for queue in state.queues}
+        for item in answer.open:
+            for _ in range(item.count):
+                await self._open(item.shape_id, shapes[item.shape_id], item.served_max)
+        for close in answer.close:
+            log.info("slot_closing", slot=close.slot_id, reason=close.reason)
+        if answer.close:
+            await self.store.flag(self.leadership.token, SlotFlag.CLOSE, [close.slot_id for close in answer.close])
+        await self._drop(list(answer.drop), "NotNeeded")
+        await self.store.planned(self.leadership.token, answer.held, answer.wake_at)
+        return answer
+
+    async def _open(self, shape_id: str, shape: Shape, served_max: int) -> None:
+        slot_id = new_id()
+        if not self.leadership.leads:
+            return
+        if await self.store.request_slot(self.leadership.token, slot_id, shape_id, served_max):
+            log.info("slot_requested", slot=slot_id, shape=shape_id, memory_bytes=shape.memory_bytes, gpus=shape.gpus)
+            await self.dask.submit(slot_id, shape, "")
+
+    async def _sweep(self, state: ClusterState) -> None:
+        now_s = time.monotonic()
+        if now_s - self._swept_s < SWEEP_S:
+            return
+        limits = self.settings.tasks
+        ended_before = state.now_ms - int(limits.retention_s * 1000)
+        closed_before = state.now_ms - int(TOMBSTONE_S * 1000)
+        tasks, tombs = await self.store.sweep(self.leadership.token, ended_before, limits.retained_max, closed_before)
+        if tasks or tombs:
+            log.info("swept", tasks=tasks, slots=tombs)
+        self._swept_s = now_s if max(tasks, tombs) < 500 else 0.0
+
+
+async def serve(settings: Settings, run_slot: RunSlot) -> None:
+    """Run one controller until SIGTERM."""
+    deadline_s = settings.store.deadline_s
+    store = connect(settings.store.url.value, deadline_s, "controller")
+    listener = StoreConnection(settings.store.url.value, deadline_s, "controller-listen")
+    address = f"tcp://{settings.dask.host}:{settings.dask.port}"
+    controller = Controller(settings, store, listener, DaskSide(address, run_slot))
+    port, stop_metrics = serve_metrics(settings.controller.metrics_host, settings.controller.metrics_port)
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, controller.stop)
+    url = f"http://{settings.controller.metrics_host}:{port}/metrics"
+    announcing = asyncio.create_task(_announce(store, url))
+    try:
+        await controller.run()
+    finally:
+        announcing.cancel()
+        stop_metrics()
+        await listener.close()
+        await store.connection.close()
+
+
+async def _announce(store: Store, metrics_url: str) -> None:
+    """Say where the metrics are, as soon as the store answers."""
+    while True:
+        try:
+            await store.put_service("controller", msgspec.json.encode({"pid": os.getpid(), "metrics_url": metrics_url}))
+        except RocyardError:
+            await asyncio.sleep(0.5)
+        else:
+            return
+
+
+def run(settings: Settings, run_slot: RunSlot) -> int:
+    """The process's main function."""
+    configure_logging("controller", settings.log)
+    asyncio.run(serve(settings, run_slot))
+    return 0

@@ -1,0 +1,123 @@
+"""Every key in the store, who owns it, and what it holds. Nobody builds a key by hand.
+
+All keys share one hash tag, so that the whole state lies in one slot of a Redis Cluster and one function can reach it.
+The library of functions gets the prefix as its only key and builds the same names (``store/lua``); a test compares the two.
+
+======================  ======  =========================  ===========================================================
+key                     type    written by                 holds
+======================  ======  =========================  ===========================================================
+meta                    hash    store, on first start      identity, schema version, the sequence of tasks
+leader                  hash    controllers                token, holder, beat
+t:ID                    hash    functions                  one task
+l:ID                    hash    agents (by functions)      stdout and stderr of a task's last attempt, bounded
+q:SHAPE                 zset    functions                  waiting tasks, by priority class, then sequence
+due                     zset    functions                  tasks in RETRY_WAIT, by the time they are due
+done                    zset    functions                  final tasks, by the time they ended (for retention)
+tt:TENANT               zset    functions                  all tasks of a tenant, by sequence
+ta:TENANT               zset    functions                  those of them that are not final
+tn:TENANT               hash    functions                  counters of a tenant
+counts                  hash    functions                  tasks by status
+shapes                  hash    functions                  SHAPE → its canonical JSON
+sh:SHAPE                hash    functions                  learned run time and counters of a shape
+s:SLOT                  hash    functions                  one slot; CLOSED stays as a tombstone
+slots                   set     functions                  slots that are not closed
+ss:SHAPE                set     functions                  those of a shape
+idle:SHAPE              set     functions                  open slots that wait for work
+run:SLOT                set     functions                  tasks that the slot has claimed
+x:SLOT                  set     functions                  running tasks of the slot whose cancellation was asked
+n:NODE                  hash    agent (by functions)       one node: incarnation, beat, inventory, fenced
+nodes                   set     functions                  names of nodes
+hb:NODE                 hash    Dask worker (plugin)       the worker's heartbeat with its device readings
+fn:NAME                 string  agent                      a registered function: schema and defaults
+functions               set     agent                      names of functions
+key:ID                  hash    keys CLI, supervisor       an API key: hash of its secret, tenant, scope
+keys                    set     keys CLI, supervisor       ids of API keys
+services                hash    every process              NAME → where its metrics are
+events                  stream  functions                  ends of tasks; only notifies
+tombs                   zset    functions                  closed slots by time (for retention)
+wake:NODE               channel functions                  "work SLOT", "cancel SLOT", "flag SLOT"
+ctl                     channel functions                  "plan": a round of the controller is worth while
+======================  ======  =========================  ===========================================================
+"""
+
+from typing import Final
+
+import msgspec
+
+SCHEMA_VERSION: Final = 1
+
+
+class Keys(msgspec.Struct, frozen=True):
+    """Names of keys under one prefix."""
+
+    prefix: str = "{ry}:"
+
+    def task(self, task_id: str) -> str:
+        return f"{self.prefix}t:{task_id}"
+
+    def task_log(self, task_id: str) -> str:
+        return f"{self.prefix}l:{task_id}"
+
+    def queue(self, shape_id: str) -> str:
+        return f"{self.prefix}q:{shape_id}"
+
+    def slot(self, slot_id: str) -> str:
+        return f"{self.prefix}s:{slot_id}"
+
+    def node(self, node: str) -> str:
+        return f"{self.prefix}n:{node}"
+
+    def heartbeat(self, node: str) -> str:
+        return f"{self.prefix}hb:{node}"
+
+    def function(self, name: str) -> str:
+        return f"{self.prefix}fn:{name}"
+
+    def api_key(self, key_id: str) -> str:
+        return f"{self.prefix}key:{key_id}"
+
+    def tenant(self, tenant: str) -> str:
+        return f"{self.prefix}tn:{tenant}"
+
+    def wake(self, node: str) -> str:
+        return f"{self.prefix}wake:{node}"
+
+    @property
+    def meta(self) -> str:
+        return f"{self.prefix}meta"
+
+    @property
+    def leader(self) -> str:
+        return f"{self.prefix}leader"
+
+    @property
+    def nodes(self) -> str:
+        return f"{self.prefix}nodes"
+
+    @property
+    def slots(self) -> str:
+        return f"{self.prefix}slots"
+
+    @property
+    def counts(self) -> str:
+        return f"{self.prefix}counts"
+
+    @property
+    def functions(self) -> str:
+        return f"{self.prefix}functions"
+
+    @property
+    def api_keys(self) -> str:
+        return f"{self.prefix}keys"
+
+    @property
+    def services(self) -> str:
+        return f"{self.prefix}services"
+
+    @property
+    def events(self) -> str:
+        return f"{self.prefix}events"
+
+    @property
+    def ctl(self) -> str:
+        return f"{self.prefix}ctl"

@@ -1,0 +1,78 @@
+"""The life of a task and of a slot, each as a table. The store's functions implement these tables and nothing else.
+
+Task: BLOCKED (waits for others) → QUEUED → RUNNING → SUCCEEDED | FAILED | CANCELLED, and RETRY_WAIT.
+A claim makes a task RUNNING. Nothing leaves a final state.
+"""
+
+import enum
+from typing import Final
+
+
+class TaskStatus(enum.StrEnum):
+    """Where a task is in its life."""
+
+    BLOCKED = "BLOCKED"
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    RETRY_WAIT = "RETRY_WAIT"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class SlotStatus(enum.StrEnum):
+    """Where a slot is in its life. An id opens once; CLOSED is its tombstone."""
+
+    REQUESTED = "REQUESTED"
+    OPEN = "OPEN"
+    CLOSED = "CLOSED"
+
+
+class SlotFlag(enum.StrEnum):
+    """What the controller asks of an open slot, told in the reply to `next` or in the beat."""
+
+    NONE = ""
+    CLOSE = "close"  # at the next task boundary: its memory is wanted elsewhere, or it is idle
+    DRAIN = "drain"  # at the next task boundary: its node is going
+    PREEMPT = "preempt"  # now: the running task goes back to the queue and nobody is blamed
+
+
+class Outcome(enum.StrEnum):
+    """How an attempt ended, as the agent tells the store. One letter: it travels once per task."""
+
+    SUCCEEDED = "S"
+    FAILED = "F"  # the function raised, or broke a limit: counts against max_attempts
+    CANCELLED = "C"  # ended because its cancellation was asked
+    CRASHED = "X"  # the executor died while this task alone could have been the cause
+    SUSPECTED = "A"  # the executor died, others ran in it before: run this one again alone, no blame
+    RETURNED = "R"  # claimed, never started, given back: counts against nothing
+    LOST = "L"  # ended by infrastructure (agent stopping, preemption): blames nobody, with a cap
+
+
+S = TaskStatus
+NEXT: Final[dict[TaskStatus, frozenset[TaskStatus]]] = {
+    S.BLOCKED: frozenset({S.QUEUED, S.FAILED, S.CANCELLED}),
+    S.QUEUED: frozenset({S.RUNNING, S.FAILED, S.CANCELLED}),
+    S.RUNNING: frozenset({S.QUEUED, S.RETRY_WAIT, S.SUCCEEDED, S.FAILED, S.CANCELLED}),  # QUEUED: its slot was lost
+    S.RETRY_WAIT: frozenset({S.QUEUED, S.FAILED, S.CANCELLED}),
+    S.SUCCEEDED: frozenset(),
+    S.FAILED: frozenset(),
+    S.CANCELLED: frozenset(),
+}
+assert NEXT.keys() == set(TaskStatus)
+
+FINAL: Final = frozenset(status for status, following in NEXT.items() if not following)
+ACTIVE: Final = frozenset(TaskStatus) - FINAL
+
+SLOT_NEXT: Final[dict[SlotStatus, frozenset[SlotStatus]]] = {
+    SlotStatus.REQUESTED: frozenset({SlotStatus.OPEN, SlotStatus.CLOSED}),  # CLOSED: fenced before it was opened
+    SlotStatus.OPEN: frozenset({SlotStatus.CLOSED}),
+    SlotStatus.CLOSED: frozenset(),
+}
+assert SLOT_NEXT.keys() == set(SlotStatus)
+
+CRASHES_MAX: Final = 3
+"""A task that crashed its executor so often, alone, is poison."""
+
+LOSSES_MAX: Final = 50
+"""Losses of infrastructure that a task survives: a bound against a cluster that cannot run it at all."""

@@ -1,0 +1,235 @@
+"""The records that parts pass each other: tasks, claims, ends, slots, nodes, and one look at them all.
+
+Times are milliseconds of the store's clock (UTC), since one clock must order them; ``None`` is "not yet".
+"""
+
+from typing import Annotated, Final
+
+import msgspec
+
+from manager.core.devices import Device
+from manager.core.lifecycle import Outcome, SlotFlag, SlotStatus, TaskStatus
+from manager.core.shapes import Resources, Shape
+
+PRIORITY_MAX: Final = 10
+_PRIORITY_STEP: Final = 2**44
+"""Sequence numbers stay below this for centuries; twenty steps of it still fit a double's 53 bits."""
+
+Priority = Annotated[int, msgspec.Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
+
+
+def priority_offset(priority: int) -> int:
+    """What is added to a task's sequence to give its place in the queue: a higher priority comes first."""
+    return (PRIORITY_MAX - priority) * _PRIORITY_STEP
+
+
+class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was submitted: never changes.
+
+    Attributes:
+        function: registered name.
+        args: JSON object of keyword arguments.
+        resources: as asked for, before rounding to a class.
+        priority: -10 to 10, higher first.
+        max_attempts: how often the function may fail before the task does.
+        time_limit_s: seconds from start to end of one attempt.
+    """
+
+    function: str
+    args: msgspec.Raw
+    resources: Resources
+    priority: int = 0
+    max_attempts: int = 1
+    time_limit_s: float = 3600.0
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """One task on its way into the store."""
+
+    task_id: str
+    shape_id: str
+    shape: Shape
+    spec: TaskSpec
+
+
+class TaskError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why an attempt failed. `type` is a PascalCase reason of ours or the name of the exception."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A task as the store has it. `result` is JSON."""
+
+    task_id: str
+    status: TaskStatus
+    tenant: str
+    function: str
+    shape_id: str
+    attempt: int
+    failures: int = 0
+    crashes: int = 0
+    losses: int = 0
+    score: int = 0
+    node: str = ""
+    slot: str = ""
+    cancel_requested: bool = False
+    created_ms: int = 0
+    queued_ms: int | None = None
+    started_ms: int | None = None
+    finished_ms: int | None = None
+    spec: TaskSpec | None = None
+    result: bytes | None = None
+    error: TaskError | None = None
+
+
+class TaskEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A task has ended. With `inline` false, result and error must be read from the record."""
+
+    task_id: str
+    status: TaskStatus
+    attempt: int
+    node: str
+    started_ms: int | None
+    finished_ms: int
+    inline: bool
+    result: bytes | None = None
+    error: TaskError | None = None
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A task that a slot has taken. `alone`: in a fresh executor, with no other task of its batch."""
+
+    task_id: str
+    attempt: int
+    alone: bool
+    spec: TaskSpec
+
+
+class End(msgspec.Struct, frozen=True):
+    """How an attempt ended, on its way to the store.
+
+    Attributes:
+        payload: JSON of the result, or of a `TaskError`.
+        age_s: seconds since the executor took it; None where it never did.
+        duration_s: seconds in the function; None where unknown.
+        chance: in [0, 1), the jitter of a retry.
+    """
+
+    task_id: str
+    attempt: int
+    outcome: Outcome
+    payload: bytes = b""
+    age_s: float | None = None
+    duration_s: float | None = None
+    chance: float = 0.5
+
+
+class NextReply(msgspec.Struct, frozen=True):
+    """Answer to `next`: a word (FENCED, CLOSE, DRAIN, PREEMPT, IDLE, WORK, OK), the ends' effects, and claims.
+
+    `statuses` has the status of each ended task after its end, None for an end that came too late.
+    """
+
+    word: str
+    statuses: tuple[TaskStatus | None, ...]
+    claims: tuple[Claim, ...]
+
+
+class OpenReply(msgspec.Struct, frozen=True):
+    """Answer to `open`: OK, ADOPTED, FENCED or REFUSED; with the shape for the first two."""
+
+    word: str
+    shape_id: str = ""
+    shape: Shape | None = None
+
+
+class SlotRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A slot as the store has it. `devices` are uuids; `running` counts the tasks that it has claimed."""
+
+    slot_id: str
+    shape_id: str
+    status: SlotStatus
+    node: str = ""
+    incarnation: str = ""
+    devices: tuple[str, ...] = ()
+    flag: SlotFlag = SlotFlag.NONE
+    requested_ms: int = 0
+    opened_ms: int | None = None
+    idle_ms: int | None = None
+    served: int = 0
+    token: int = 0
+    running: int = 0
+
+
+class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A shape with work or slots. `head` is the score of its first task; `run_s` its learned run time."""
+
+    shape_id: str
+    shape: Shape
+    depth: int
+    head: int | None = None
+    head_queued_ms: int | None = None
+    run_s: float | None = None
+
+
+class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent says of itself when it registers."""
+
+    hostname: str
+    pid: int
+    source: str
+    version: str
+    devices: tuple[Device, ...] = ()
+    reserve_bytes: int = 0
+    metrics_url: str = ""
+
+
+class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One device as its agent last saw it, with what each slot uses.
+
+    Attributes:
+        used_bytes: memory in use by anybody.
+        foreign_bytes: of that, by processes that are no slot of ours; where pids cannot be matched, what is used above
+            the leases.
+        slots: bytes by slot id.
+        healthy: False takes the device out of placement; `problem` says why.
+    """
+
+    uuid: str
+    used_bytes: int
+    foreign_bytes: int = 0
+    slots: dict[str, int] = {}
+    utilisation_ratio: float | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+    healthy: bool = True
+    problem: str = ""
+
+
+class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A node as the store has it. `beat` only ever changes; who watches it uses a clock of their own.
+
+    `uses` and `address` come from its Dask worker's heartbeat.
+    """
+
+    node: str
+    incarnation: str
+    beat: int
+    info: NodeInfo
+    fenced: bool = False
+    left: bool = False
+    uses: tuple[DeviceUse, ...] = ()
+    uses_ms: int | None = None
+    address: str = ""
+
+
+class ClusterState(msgspec.Struct, frozen=True):
+    """One consistent look at everything that is planned with."""
+
+    now_ms: int
+    queues: tuple[QueueRow, ...]
+    slots: tuple[SlotRow, ...]
+    nodes: tuple[NodeRow, ...]

@@ -1,0 +1,112 @@
+"""The controller's connection to the Dask scheduler: submit slots, and ask the placement plugin what it knows.
+
+A stock Client gives up for good after its timeout and backs off for as long as an outage lasted; so a client that is not
+running is thrown away and a new one is made. Whatever was submitted to the old one is found missing by the reconciler.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import dask
+import msgspec
+from distributed import Client, fire_and_forget
+
+from manager.core.shapes import Shape, encode_shape
+from manager.log import get_logger
+
+CALL_S: Final = 3.0
+CONNECT_S: Final = 2.0
+SLOT_KEY_PREFIX: Final = "slot-"
+
+RunSlot = Callable[[str], Coroutine[Any, Any, str]]
+log = get_logger("rocyard.dask")
+
+
+class DaskUnavailable(Exception):
+    """The Dask scheduler does not answer."""
+
+
+class SlotOnDask(msgspec.Struct, frozen=True):
+    """What the plugin knows of a slot: held, placed, or leased (it lives, but has no Dask task)."""
+
+    state: str
+    node: str
+
+
+class DaskSide:
+    """Owns one Dask client.
+
+    Args:
+        address: of the scheduler.
+        run_slot: the coroutine function that a slot's Dask task runs; given, since this package imports no plugin.
+    """
+
+    def __init__(self, address: str, run_slot: RunSlot) -> None:
+        self.address = address
+        self.run_slot = run_slot
+        self._client: Client | None = None
+
+    async def _connected(self) -> Client:
+        client = self._client
+        if client is not None and client.status == "running":
+            return client
+        await self.close()
+        try:
+            host, port = self.address.removeprefix("tcp://").rsplit(":", 1)
+            async with asyncio.timeout(CONNECT_S):
+                # Dask's own connect backs off for as long as the outage lasted; a bare probe tells at once.
+                _, writer = await asyncio.open_connection(host, int(port))
+                writer.close()
+                self._client = await Client(
+                    self.address, asynchronous=True, timeout=CONNECT_S, set_as_default=False, name="rocyard-controller"
+                )
+        except (OSError, TimeoutError) as error:
+            raise DaskUnavailable(str(error) or type(error).__name__) from None
+        log.info("dask_connected", address=self.address)
+        assert self._client is not None
+        return self._client
+
+    async def _call(self, name: str, **arguments: Any) -> Any:
+        client = await self._connected()
+        try:
+            async with asyncio.timeout(CALL_S):
+                return await getattr(client.scheduler, name)(**arguments)
+        except (OSError, TimeoutError) as error:
+            await self.close()
+            raise DaskUnavailable(str(error) or type(error).__name__) from None
+
+    async def slots(self) -> tuple[dict[str, SlotOnDask], dict[str, str]]:
+        """Every slot that the plugin knows, and the address of each node's Dask worker.
+
+        Raises:
+            DaskUnavailable: no answer.
+        """
+        answer = await self._call("rocyard_slots")
+        return {slot: SlotOnDask(*known) for slot, known in answer["slots"].items()}, dict(answer["nodes"])
+
+    async def submit(self, slot_id: str, shape: Shape, node: str) -> None:
+        """Submit a slot's task; `node` is the only one that it may go to, where it has lived before."""
+        client = await self._connected()
+        wanted = {"slot": slot_id, "shape": encode_shape(shape).decode(), "node": node}
+        with dask.annotate(gpu=wanted):
+            future = client.submit(self.run_slot, slot_id, key=SLOT_KEY_PREFIX + slot_id, pure=False)
+        fire_and_forget(future)
+        future.release()
+
+    async def lost(self, node: str, incarnation: str) -> None:
+        """Nothing more is placed on this incarnation; its leases end."""
+        await self._call("rocyard_lost", node=node, incarnation=incarnation)
+
+    async def dropped(self, slots: list[str]) -> None:
+        """These slots were taken back before anybody had opened them."""
+        await self._call("rocyard_dropped", slots=slots)
+
+    async def close(self) -> None:
+        """Let the client go; its slots' tasks stay, since they are fire-and-forget."""
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(CONNECT_S):
+                    await client.close()

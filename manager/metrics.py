@@ -1,0 +1,140 @@
+"""Every metric of the product, declared once: name, help, labels, base unit. docs/metrics.md lists them.
+
+Owns names and what a label may hold. Processes import what they use; the module reads nothing and decides nothing.
+Labels hold no ids of tasks, slots, tenants or addresses: what people may choose without end does not belong in a label.
+The registry is prometheus-client's default one, so that Dask's own ``/metrics`` shows ours too.
+"""
+
+import socket
+import socketserver
+import threading
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
+from typing import Final
+
+import prometheus_client
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.exposition import MetricsHandler
+
+from manager.core.errors import StartError
+
+# A second series for each counter and histogram with its birth time: nobody reads them.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+OTHER: Final = "other"
+_FAST: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LONG: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14_400, 86_400)
+_DEVICE: Final = ("hostname", "gpu_id", "gpu_uuid", "card_model")
+"""The label names of AMD's exporter, so that its series and ours join."""
+
+# Tasks. The first two keep the names that the older manager had.
+TASKS = Counter("tasks_total", "Tasks that reached a final status.", ("status",))
+TASK_DURATION = Histogram("task_duration_seconds", "Run time of tasks, from start to end.", buckets=_LONG)
+TASK_WAIT = Histogram("rocyard_task_wait_seconds", "Time of tasks from submission to start.", buckets=_LONG)
+TASK_RETRIES = Counter("rocyard_task_retries_total", "Tasks that are run again, by reason.", ("reason",))
+QUEUE_TASKS = Gauge("rocyard_queue_tasks", "Tasks by status; final ones as long as they are kept.", ("status",))
+
+# Slots, executors and what the controller and the scheduler plugin do about them.
+SLOTS = Gauge("rocyard_slots", "Slots by status.", ("status",))
+PLACEMENTS = Counter("rocyard_placements_total", "Answers of the placement policy.", ("result",))
+EXECUTOR_RESTARTS = Counter("rocyard_executor_restarts_total", "Executors started anew in their slot.", ("reason",))
+LEADER = Gauge("rocyard_leader", "1 in the controller that leads, else 0.")
+ROUNDS = Counter("rocyard_rounds_total", "Rounds of the leading controller.")
+ROUND_DURATION = Histogram("rocyard_round_duration_seconds", "Time of one round of the controller.", buckets=_FAST)
+
+# Devices, as the agent reads them.
+DEVICE_MEMORY_TOTAL = Gauge("rocyard_device_memory_total_bytes", "Memory of the device.", _DEVICE)
+DEVICE_MEMORY_USED = Gauge("rocyard_device_memory_used_bytes", "Memory in use by any process.", _DEVICE)
+DEVICE_MEMORY_LEASED = Gauge("rocyard_device_memory_leased_bytes", "Memory leased to slots.", _DEVICE)
+DEVICE_MEMORY_FOREIGN = Gauge("rocyard_device_memory_foreign_bytes", "Memory in use by what is not ours.", _DEVICE)
+DEVICE_UTILISATION = Gauge("rocyard_device_utilisation_ratio", "Share of time the device computes, 0 to 1.", _DEVICE)
+
+# The API.
+API_REQUESTS = Counter("rocyard_api_requests_total", "Requests by route, not by path.", ("method", "route", "status"))
+API_REQUEST_DURATION = Histogram(
+    "rocyard_api_request_duration_seconds", "Time of one request, waiting included.", ("route",), buckets=_LONG
+)
+
+# The store, as each process sees it.
+STORE_CALL_DURATION = Histogram("rocyard_store_call_duration_seconds", "Time of one call to the store.", buckets=_FAST)
+STORE_RECONNECTS = Counter("rocyard_store_reconnects_total", "Connections to the store made anew.")
+STORE_ERRORS = Counter("rocyard_store_errors_total", "Calls to the store that failed.", ("kind",))
+
+# What should not happen, and is survived.
+LOOP_ERRORS = Counter("rocyard_loop_errors_total", "Exceptions that reached the top of a loop.", ("loop",))
+HOOK_ERRORS = Counter("rocyard_hook_errors_total", "Exceptions that reached the top of a Dask hook.", ("hook",))
+PROCESS_RESTARTS = Counter("rocyard_process_restarts_total", "Processes started again after an exit.", ("process",))
+
+
+class Bounded:
+    """Keeps a label bounded: the first `values_max` different values pass, later ones become ``other``.
+
+    For labels whose values come from outside, such as the name of a device's model.
+    """
+
+    def __init__(self, values_max: int) -> None:
+        self._values_max = values_max
+        self._seen: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, value: str) -> str:
+        with self._lock:
+            if value not in self._seen and len(self._seen) >= self._values_max:
+                return OTHER
+            self._seen.add(value)
+        return value
+
+
+def one_of(value: str, allowed: frozenset[str]) -> str:
+    """`value` if it is `allowed` as a label, else ``other``."""
+    return value if value in allowed else OTHER
+
+
+def exposition() -> tuple[bytes, str]:
+    """All metrics as text, and the content type of that text; for a process that has an HTTP server of its own."""
+    return prometheus_client.generate_latest(REGISTRY), prometheus_client.CONTENT_TYPE_LATEST
+
+
+def serve_metrics(host: str, port: int) -> tuple[int, Callable[[], None]]:
+    """Serve ``/metrics`` on `host` alone, from daemon threads.
+
+    Args:
+        host: the address to bind.
+        port: a TCP port; 0 takes any free one.
+
+    Returns:
+        The port, and a function that ends the server.
+
+    Raises:
+        StartError: the address cannot be bound.
+    """
+    try:
+        server = _Server((host, port), _Handler.factory(REGISTRY))
+    except OSError as error:
+        raise StartError(f"metrics cannot listen on {host}:{port}: {error.strerror}", host=host, port=port) from error
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True)
+    thread.start()
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=2.0)
+
+    return int(server.server_address[1]), close
+
+
+class _Handler(MetricsHandler):
+    timeout = 10  # a peer that says nothing must not hold a thread
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's: that one asks the DNS for the host's name, which may take many seconds.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])

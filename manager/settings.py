@@ -1,0 +1,156 @@
+"""The one tree of settings: frozen, typed, built once at start and passed down. No other module reads the environment.
+
+`manager.settings_load` reads it from YAML, ``.env`` and ``ROCYARD_…`` variables. Every field is documented in
+``config/rocyard.yaml``, and a test keeps the two equal.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from manager.core.quantities import GIB, KIB, MIB
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+"""A TCP port; 0 takes any free one."""
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_622_400)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One section: unknown keys are refused."""
+
+
+class Secret(msgspec.Struct, frozen=True):
+    """A value that never shows itself: its text is ``***``."""
+
+    value: str = ""
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+
+class StoreSettings(_Section, frozen=True):
+    """Redis or Valkey, at least 7.0. With no `url` an embedded server is started."""
+
+    url: Secret = Secret()
+    worker_url: Secret = Secret()
+    port: Port = 0
+    deadline_s: Seconds = 3.0
+
+
+class ApiSettings(_Section, frozen=True):
+    """The REST API."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    body_bytes_max: Bytes = MIB
+    args_bytes_max: Bytes = 256 * KIB
+    wait_s_max: Seconds = 60.0
+    key_cache_s: Seconds = 2.0
+
+
+class DaskSettings(_Section, frozen=True):
+    """The Dask scheduler and its dashboard."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8786
+    dashboard_port: Port = 8787
+    worker_threads: Count = 4
+
+
+class ControllerSettings(_Section, frozen=True):
+    """The controller: how often it looks, and how long a leader's term outlives its silence."""
+
+    period_s: Seconds = 2.0
+    term_s: Seconds = 10.0
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Port = 0
+
+
+class NodeSettings(_Section, frozen=True):
+    """A node agent and its devices."""
+
+    name: str = ""
+    devices: Literal["auto", "amd", "nvidia", "simulated"] = "auto"
+    simulate: str = "2x2:mi300x"
+    simulated_node: Annotated[int, msgspec.Meta(ge=0)] = 0
+    reserve_bytes: Bytes = 512 * MIB
+    beat_s: Seconds = 3.0
+    lease_beats: Count = 4
+    probe_s: Seconds = 2.0
+    probe_deadline_s: Seconds = 2.0
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Port = 0
+
+
+class SlotSettings(_Section, frozen=True):
+    """How many slots, and how long they stay."""
+
+    drain_target_s: Seconds = 1.0
+    idle_s: Seconds = 60.0
+    residence_s: Seconds = 1.0
+    slots_per_shape_max: Count = 10_000
+    open_deadline_s: Seconds = 20.0
+    executor_crashes_max: Count = 5
+
+
+class TaskSettings(_Section, frozen=True):
+    """Limits of one task, and how long its record is kept."""
+
+    time_limit_s: Seconds = 3600.0
+    time_limit_s_max: Seconds = 604_800.0
+    grace_s: Seconds = 2.0
+    result_bytes_max: Bytes = 256 * KIB
+    log_bytes_max: Bytes = 64 * KIB
+    retention_s: Seconds = 86_400.0
+    retained_max: Count = 200_000
+
+
+class TenantSettings(_Section, frozen=True):
+    """What one tenant may have at once."""
+
+    active_tasks_max: Count = 100_000
+    memory_bytes_max: Bytes = 1024 * 1024 * GIB
+
+
+class LogSettings(_Section, frozen=True):
+    """Structured logs."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class FunctionSettings(_Section, frozen=True):
+    """One registered function.
+
+    `target` is ``module:callable``; `python` the interpreter of its executor (empty: the agent's own), which needs only
+    msgspec; `path` is put on its import path.
+    """
+
+    target: str
+    memory: str = "1GiB"
+    gpus: Count = 1
+    time_limit_s: Seconds | None = None
+    python: str = ""
+    path: str = ""
+    max_tasks_per_slot: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class Settings(_Section, frozen=True):
+    """Everything that can be set."""
+
+    data_dir: str = "~/.rocyard"
+    store: StoreSettings = StoreSettings()
+    api: ApiSettings = ApiSettings()
+    dask: DaskSettings = DaskSettings()
+    controller: ControllerSettings = ControllerSettings()
+    node: NodeSettings = NodeSettings()
+    slots: SlotSettings = SlotSettings()
+    tasks: TaskSettings = TaskSettings()
+    tenant: TenantSettings = TenantSettings()
+    tenants: dict[str, TenantSettings] = {}
+    log: LogSettings = LogSettings()
+    functions: dict[str, FunctionSettings] = {}

@@ -1,0 +1,132 @@
+-- Names, time and the steps that several functions share. The only key passed in is the prefix; every name is built from
+-- it as manager/core/keys.py says. All functions are idempotent on (task, attempt) or on the id that they are given,
+-- since a client library may send a call twice.
+
+local SECOND = 1000
+local INLINE_EVENT_BYTES = 4096 -- larger results are read from the record by whoever wants them
+local EVENTS_MAX = 20000        -- a reader that is further behind looks at state instead
+local CRASHES_MAX = 3
+local LOSSES_MAX = 50
+local LIVE = { QUEUED = true, RUNNING = true, RETRY_WAIT = true, BLOCKED = true }
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * SECOND + math.floor(tonumber(time[2]) / SECOND)
+end
+
+-- Tells the controller that a round is worth while, at most once between two of its looks at the shape.
+local function ask_for_plan(p, shape)
+  local key = p .. 'sh:' .. shape
+  if redis.call('HGET', key, 'asked') == '1' then return end
+  redis.call('HSET', key, 'asked', '1')
+  redis.call('PUBLISH', p .. 'ctl', 'plan')
+end
+
+-- Wakes up to `count` idle slots of the shape; returns how many there were.
+local function wake(p, shape, count)
+  local slots = redis.call('SPOP', p .. 'idle:' .. shape, count)
+  for _, slot in ipairs(slots) do
+    local node = redis.call('HGET', p .. 's:' .. slot, 'node')
+    if node then redis.call('PUBLISH', p .. 'wake:' .. node, 'work ' .. slot) end
+  end
+  return #slots
+end
+
+-- Work of the shape has come (or come back): somebody must know.
+local function work_arrived(p, shape, count)
+  if wake(p, shape, count) > 0 then return end
+  local wake_at = tonumber(redis.call('HGET', p .. 'sh:' .. shape, 'wake_at') or '0')
+  if redis.call('ZCARD', p .. 'q:' .. shape) >= wake_at then ask_for_plan(p, shape) end
+end
+
+local function count_move(p, from, to)
+  if from then redis.call('HINCRBY', p .. 'counts', from, -1) end
+  if to then redis.call('HINCRBY', p .. 'counts', to, 1) end
+end
+
+-- The one way into a final state: record, indexes, counters and event together.
+local function finalise(p, id, task, state, result, err, now)
+  local values = { 'state', state, 'finished', now, 'slot', '', 'cancel', '' }
+  if result ~= '' then values[#values + 1] = 'result'; values[#values + 1] = result end
+  if err ~= '' then values[#values + 1] = 'error'; values[#values + 1] = err end
+  redis.call('HSET', p .. 't:' .. id, unpack(values))
+  redis.call('ZREM', p .. 'ta:' .. task.tenant, id)
+  redis.call('ZADD', p .. 'done', now, id)
+  redis.call('HINCRBY', p .. 'tn:' .. task.tenant, 'active', -1)
+  count_move(p, task.state, state)
+  local event = { 'i', id, 's', state, 'a', task.attempt, 'f', now, 'b', task.started or '', 'n', task.node or '' }
+  if #result + #err <= INLINE_EVENT_BYTES then
+    event[#event + 1] = 'r'; event[#event + 1] = result
+    event[#event + 1] = 'e'; event[#event + 1] = err
+  end
+  redis.call('XADD', p .. 'events', 'MAXLEN', '~', EVENTS_MAX, '*', unpack(event))
+  return state
+end
+
+-- Back into the queue, at its old place.
+local function enqueue(p, id, task, now)
+  redis.call('HSET', p .. 't:' .. id, 'state', 'QUEUED', 'queued', now, 'slot', '', 'started', '')
+  redis.call('ZADD', p .. 'q:' .. task.shape, task.score, id)
+  redis.call('SADD', p .. 'active', task.shape)
+  count_move(p, task.state, 'QUEUED')
+  return 'QUEUED'
+end
+
+local TASK_FIELDS = { 'state', 'attempt', 'slot', 'tenant', 'shape', 'score', 'failures', 'crashes', 'losses',
+  'max_attempts', 'cancel', 'started', 'node', 'alone' }
+
+local function load_task(p, id)
+  local values = redis.call('HMGET', p .. 't:' .. id, unpack(TASK_FIELDS))
+  if not values[1] then return nil end
+  local task = {}
+  for i, field in ipairs(TASK_FIELDS) do task[field] = values[i] or '' end
+  return task
+end
+
+local function infrastructure_error(losses)
+  return cjson.encode({ type = 'InfrastructureLost',
+    message = 'the task lost its executor, agent or node ' .. losses .. ' times; it was not at fault, but is not tried again' })
+end
+
+-- An attempt ends without having been at fault: requeue, with a cap, or cancel where that was asked.
+local function give_back(p, id, task, counted, now)
+  if task.cancel == '1' then return finalise(p, id, task, 'CANCELLED', '', '', now) end
+  if counted then
+    local losses = redis.call('HINCRBY', p .. 't:' .. id, 'losses', 1)
+    if losses >= LOSSES_MAX then return finalise(p, id, task, 'FAILED', '', infrastructure_error(losses), now) end
+  end
+  return enqueue(p, id, task, now)
+end
+
+-- Ends a slot for good: what it had claimed goes back, its id becomes a tombstone. Safe to call twice.
+local function close_slot(p, slot, reason, now)
+  local key = p .. 's:' .. slot
+  local record = redis.call('HMGET', key, 'status', 'shape', 'node')
+  if not record[1] or record[1] == 'CLOSED' then return false end
+  local shape = record[2]
+  local returned = 0
+  for _, id in ipairs(redis.call('SMEMBERS', p .. 'run:' .. slot)) do
+    local task = load_task(p, id)
+    if task and task.state == 'RUNNING' and task.slot == slot then
+      give_back(p, id, task, true, now)
+      returned = returned + 1
+    end
+  end
+  redis.call('DEL', p .. 'run:' .. slot, p .. 'x:' .. slot)
+  redis.call('HSET', key, 'status', 'CLOSED', 'closed', now, 'reason', reason, 'flag', '')
+  redis.call('SREM', p .. 'slots', slot)
+  redis.call('SREM', p .. 'ss:' .. shape, slot)
+  redis.call('SREM', p .. 'idle:' .. shape, slot)
+  if record[3] then redis.call('SREM', p .. 'ns:' .. record[3], slot) end
+  redis.call('ZADD', p .. 'tombs', now, slot)
+  redis.call('HSET', p .. 'sh:' .. shape, 'wake_at', '0')
+  if redis.call('ZCARD', p .. 'q:' .. shape) > 0 then
+    if wake(p, shape, math.max(returned, 1)) == 0 then ask_for_plan(p, shape) end
+  end
+  return true
+end
+
+-- Whether the caller is the leader by its token.
+local function leads(p, token)
+  return redis.call('HGET', p .. 'leader', 'token') == token
+end

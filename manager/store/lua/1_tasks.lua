@@ -1,0 +1,266 @@
+-- Submission, claims, ends, cancellation.
+
+-- tenant, active_max, shapes m, m × (shape, json), then tasks: (id, shape, score offset, max_attempts, function, spec) …
+-- All or nothing. An id that exists was accepted by an earlier send of the same call.
+local function submit(keys, args)
+  local p, tenant, active_max = keys[1], args[1], tonumber(args[2])
+  local shapes, at = tonumber(args[3]), 4
+  local first = at + shapes * 2
+  local count = (#args - first + 1) / 6
+  if redis.call('EXISTS', p .. 't:' .. args[first]) == 1 then return { 'OK' } end
+  local active = tonumber(redis.call('HGET', p .. 'tn:' .. tenant, 'active') or '0')
+  if active + count > active_max then return { 'QUOTA', active } end
+  for i = at, first - 1, 2 do
+    redis.call('HSETNX', p .. 'shapes', args[i], args[i + 1])
+    redis.call('SADD', p .. 'active', args[i])
+  end
+  local now = now_ms()
+  local last = redis.call('HINCRBY', p .. 'meta', 'sequence', count)
+  local sequence = last - count
+  local arrived = {}
+  for i = first, #args, 6 do
+    local id, shape = args[i], args[i + 1]
+    sequence = sequence + 1
+    local score = string.format('%.0f', tonumber(args[i + 2]) + sequence)
+    redis.call('HSET', p .. 't:' .. id, 'state', 'QUEUED', 'tenant', tenant, 'shape', shape, 'score', score,
+      'sequence', sequence, 'max_attempts', args[i + 3], 'function', args[i + 4], 'spec', args[i + 5],
+      'attempt', 0, 'created', now, 'queued', now)
+    redis.call('ZADD', p .. 'q:' .. shape, score, id)
+    redis.call('ZADD', p .. 'tt:' .. tenant, sequence, id)
+    redis.call('ZADD', p .. 'ta:' .. tenant, sequence, id)
+    arrived[shape] = (arrived[shape] or 0) + 1
+  end
+  redis.call('HINCRBY', p .. 'tn:' .. tenant, 'active', count)
+  redis.call('HINCRBY', p .. 'counts', 'QUEUED', count)
+  for i = at, first - 1, 2 do work_arrived(p, args[i], arrived[args[i]] or 0) end
+  return { 'OK' }
+end
+
+local function retry_delay_ms(failures, chance)
+  return math.floor(chance * math.min(300, 2 * 2 ^ failures) * SECOND)
+end
+
+local function crash_error(payload, crashes)
+  local ok, err = pcall(cjson.decode, payload)
+  if not ok or type(err) ~= 'table' then err = {} end
+  err.type = 'ExecutorCrashed'
+  err.message = (err.message or 'the executor died') .. '; ' .. crashes .. ' crashes that this task alone can have caused'
+  return cjson.encode(err)
+end
+
+-- Commits one end. Returns the task's state after it, or '' for a repeat and for an attempt that was replaced.
+local function finish(p, slot, node, id, attempt, outcome, payload, age_ms, chance, now)
+  redis.call('SREM', p .. 'run:' .. slot, id)
+  local task = load_task(p, id)
+  if not task or task.state ~= 'RUNNING' or task.attempt ~= attempt or task.slot ~= slot then return '' end
+  task.node = node
+  if task.cancel == '1' then redis.call('SREM', p .. 'x:' .. slot, id) end
+  local key = p .. 't:' .. id
+  if age_ms ~= '' then
+    task.started = string.format('%.0f', now - tonumber(age_ms))
+    redis.call('HSET', key, 'started', task.started)
+  end
+  if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end
+  if task.cancel == '1' then return finalise(p, id, task, 'CANCELLED', '', '', now) end
+  if outcome == 'F' then
+    local failures = redis.call('HINCRBY', key, 'failures', 1)
+    if failures >= tonumber(task.max_attempts) then return finalise(p, id, task, 'FAILED', '', payload, now) end
+    redis.call('HSET', key, 'state', 'RETRY_WAIT', 'slot', '', 'error', payload)
+    redis.call('ZADD', p .. 'due', now + retry_delay_ms(failures, tonumber(chance)), id)
+    count_move(p, 'RUNNING', 'RETRY_WAIT')
+    return 'RETRY_WAIT'
+  end
+  if outcome == 'X' then
+    local crashes = redis.call('HINCRBY', key, 'crashes', 1)
+    if crashes >= CRASHES_MAX then return finalise(p, id, task, 'FAILED', '', crash_error(payload, crashes), now) end
+    redis.call('HSET', key, 'alone', '1', 'error', payload)
+    return enqueue(p, id, task, now)
+  end
+  if outcome == 'A' then
+    redis.call('HSET', key, 'alone', '1')
+    return enqueue(p, id, task, now)
+  end
+  -- R: never started. L, and C that nobody asked for: a loss that blames nobody.
+  return give_back(p, id, task, outcome ~= 'R', now)
+end
+
+local function claim_reply(claims, id, attempt, alone, spec)
+  claims[#claims + 1] = id
+  claims[#claims + 1] = attempt
+  claims[#claims + 1] = alone or ''
+  claims[#claims + 1] = spec
+end
+
+-- Takes up to n tasks of the shape. A task that must run alone comes alone.
+local function claim(p, slot, node, shape, n, now)
+  local claims = {}
+  local popped = redis.call('ZPOPMIN', p .. 'q:' .. shape, n)
+  local alone_seen = false
+  for i = 1, #popped, 2 do
+    local id = popped[i]
+    local key = p .. 't:' .. id
+    local task = redis.call('HMGET', key, 'state', 'alone', 'spec')
+    local alone = task[2] == '1'
+    if alone_seen or (alone and #claims > 0) then
+      redis.call('ZADD', p .. 'q:' .. shape, popped[i + 1], id)
+    elseif task[1] == 'QUEUED' then
+      alone_seen = alone
+      local attempt = redis.call('HINCRBY', key, 'attempt', 1)
+      redis.call('HSET', key, 'state', 'RUNNING', 'slot', slot, 'node', node, 'claimed', now)
+      redis.call('SADD', p .. 'run:' .. slot, id)
+      claim_reply(claims, id, attempt, task[2], task[3])
+    end
+  end
+  local taken = #claims / 4
+  if taken > 0 then
+    redis.call('HINCRBY', p .. 'counts', 'QUEUED', -taken)
+    redis.call('HINCRBY', p .. 'counts', 'RUNNING', taken)
+  end
+  return claims
+end
+
+-- Claims of this slot that the agent does not hold: the reply that carried them was lost.
+local function redeliver(p, slot)
+  local claims = {}
+  for _, id in ipairs(redis.call('SMEMBERS', p .. 'run:' .. slot)) do
+    local task = redis.call('HMGET', p .. 't:' .. id, 'state', 'slot', 'attempt', 'alone', 'spec')
+    if task[1] == 'RUNNING' and task[2] == slot then
+      claim_reply(claims, id, tonumber(task[3]), task[4], task[5])
+    else
+      redis.call('SREM', p .. 'run:' .. slot, id)
+    end
+  end
+  return claims
+end
+
+local function learn(p, shape, count, duration_ms)
+  if count == 0 then return end
+  local key = p .. 'sh:' .. shape
+  local mean = duration_ms / count
+  local old = redis.call('HGET', key, 'run_ms')
+  -- The mean of a batch counts as one observation: shapes of short tasks must not forget faster than those of long ones.
+  if old then mean = tonumber(old) * 0.8 + mean * 0.2 end
+  redis.call('HSET', key, 'run_ms', string.format('%.3f', mean))
+  redis.call('HINCRBY', key, 'ended', count)
+end
+
+-- slot, incarnation, n, then ends: (id, attempt, outcome, payload, age_ms, duration_ms, chance) …
+-- Commits all ends, then replies {word, commits, claims}: FENCED | CLOSE | DRAIN | PREEMPT | IDLE | WORK.
+-- With n = 0 it only commits. The agent calls it when it holds no claim of the slot but those that it reports.
+local function next_(keys, args)
+  local p, slot, incarnation, n = keys[1], args[1], args[2], tonumber(args[3])
+  local key = p .. 's:' .. slot
+  local record = redis.call('HMGET', key, 'status', 'incarnation', 'shape', 'node', 'flag', 'served', 'served_max')
+  if record[1] ~= 'OPEN' or record[2] ~= incarnation then return { 'FENCED', {}, {} } end
+  local shape, node, flag = record[3], record[4], record[5]
+  local now = now_ms()
+  local commits, ran, ran_ms, returned = {}, 0, 0, 0
+  for i = 4, #args, 7 do
+    commits[#commits + 1] = finish(p, slot, node, args[i], args[i + 1], args[i + 2], args[i + 3], args[i + 4],
+      args[i + 6], now)
+    if args[i + 5] ~= '' then ran = ran + 1; ran_ms = ran_ms + tonumber(args[i + 5]) else returned = returned + 1 end
+  end
+  learn(p, shape, ran, ran_ms)
+  local served = tonumber(record[6] or '0')
+  if ran > 0 then served = redis.call('HINCRBY', key, 'served', ran) end
+  if n == 0 then
+    if returned > 0 then work_arrived(p, shape, returned) end
+    return { 'OK', commits, {} }
+  end
+  local lost = redeliver(p, slot)
+  if #lost > 0 then return { 'WORK', commits, lost } end
+  if flag and flag ~= '' then return { string.upper(flag), commits, {} } end
+  local served_max = tonumber(record[7] or '0')
+  if served_max > 0 then
+    if served >= served_max then return { 'CLOSE', commits, {} } end
+    n = math.min(n, served_max - served)
+  end
+  local claims = claim(p, slot, node, shape, n, now)
+  if #claims == 0 then
+    redis.call('SADD', p .. 'idle:' .. shape, slot)
+    redis.call('HSET', key, 'idle', now)
+    if tonumber(redis.call('HGET', p .. 'leader', 'held') or '0') > 0 then ask_for_plan(p, shape) end
+    return { 'IDLE', commits, {} }
+  end
+  redis.call('SREM', p .. 'idle:' .. shape, slot)
+  redis.call('HSET', key, 'idle', '')
+  return { 'WORK', commits, claims }
+end
+
+-- A task that runs for much longer than its shape's tasks are known to is news: the shape's run time is unknown again, and
+-- what waits behind it may need slots of its own.
+local function surprise(p, shape, age_ms)
+  local run_ms = redis.call('HGET', p .. 'sh:' .. shape, 'run_ms')
+  if not run_ms or age_ms < 4 * tonumber(run_ms) then return end
+  redis.call('HDEL', p .. 'sh:' .. shape, 'run_ms')
+  redis.call('HSET', p .. 'sh:' .. shape, 'wake_at', '1')
+  if redis.call('ZCARD', p .. 'q:' .. shape) > 0 then ask_for_plan(p, shape) end
+end
+
+-- slot, incarnation, then (id, attempt, age_ms) …: the executor has taken these.
+local function started(keys, args)
+  local p, slot = keys[1], args[1]
+  local now = now_ms()
+  local count = 0
+  local shape = redis.call('HGET', p .. 's:' .. slot, 'shape')
+  for i = 3, #args, 3 do
+    local key = p .. 't:' .. args[i]
+    local task = redis.call('HMGET', key, 'state', 'slot', 'attempt')
+    if task[1] == 'RUNNING' and task[2] == slot and task[3] == args[i + 1] then
+      redis.call('HSET', key, 'started', string.format('%.0f', now - tonumber(args[i + 2])))
+      if shape then surprise(p, shape, tonumber(args[i + 2])) end
+      count = count + 1
+    end
+  end
+  return count
+end
+
+-- id, attempt, stdout, stderr, bytes dropped: what the attempt has written. Kept only while the attempt is the newest.
+local function keep_log(keys, args)
+  local p, id = keys[1], args[1]
+  if redis.call('HGET', p .. 't:' .. id, 'attempt') ~= args[2] then return 0 end
+  redis.call('HSET', p .. 'l:' .. id, 'attempt', args[2], 'stdout', args[3], 'stderr', args[4], 'dropped', args[5])
+  return 1
+end
+
+-- id, tenant: CANCELLED at once where nothing runs; else its agent is told. Returns the state after, or nil.
+local function cancel(keys, args)
+  local p, id, tenant = keys[1], args[1], args[2]
+  local task = load_task(p, id)
+  if not task or (tenant ~= '' and task.tenant ~= tenant) then return nil end
+  if not LIVE[task.state] then return task.state end
+  if task.state == 'RUNNING' then
+    redis.call('HSET', p .. 't:' .. id, 'cancel', '1')
+    redis.call('SADD', p .. 'x:' .. task.slot, id)
+    redis.call('PUBLISH', p .. 'wake:' .. task.node, 'cancel ' .. task.slot)
+    return 'RUNNING'
+  end
+  redis.call('ZREM', p .. 'q:' .. task.shape, id)
+  redis.call('ZREM', p .. 'due', id)
+  finalise(p, id, task, 'CANCELLED', '', '', now_ms())
+  return 'CANCELLED'
+end
+
+-- limit: moves tasks whose retry is due back to their queues; returns how many, and ms until the next one (or -1).
+local function due(keys, args)
+  local p, now = keys[1], now_ms()
+  local ids = redis.call('ZRANGEBYSCORE', p .. 'due', '-inf', now, 'LIMIT', 0, tonumber(args[1]))
+  for _, id in ipairs(ids) do
+    redis.call('ZREM', p .. 'due', id)
+    local task = load_task(p, id)
+    if task and task.state == 'RETRY_WAIT' then
+      enqueue(p, id, task, now)
+      work_arrived(p, task.shape, 1)
+    end
+  end
+  local following = redis.call('ZRANGE', p .. 'due', 0, 0, 'WITHSCORES')
+  if #following == 0 then return { #ids, -1 } end
+  return { #ids, math.max(0, math.floor(tonumber(following[2]) - now)) }
+end
+
+redis.register_function('ry_submit', submit) -- no allow-oom: a full store must refuse new work
+redis.register_function { function_name = 'ry_next', callback = next_, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_started', callback = started, flags = { 'allow-oom' } }
+redis.register_function('ry_log', keep_log)
+redis.register_function { function_name = 'ry_cancel', callback = cancel, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_due', callback = due, flags = { 'allow-oom' } }

@@ -1,0 +1,236 @@
+-- Slots, nodes and the leader. A slot id opens once; a node has one incarnation at a time; a leader's writes bear its token.
+
+-- token, slot, shape, served_max: the leader asks for a slot.
+local function request(keys, args)
+  local p, token, slot, shape = keys[1], args[1], args[2], args[3]
+  if not leads(p, token) then return 'STALE' end
+  local key = p .. 's:' .. slot
+  if redis.call('EXISTS', key) == 1 then return 'EXISTS' end
+  redis.call('HSET', key, 'status', 'REQUESTED', 'shape', shape, 'token', token, 'requested', now_ms(),
+    'served_max', args[4], 'served', 0, 'flag', '')
+  redis.call('SADD', p .. 'slots', slot)
+  redis.call('SADD', p .. 'ss:' .. shape, slot)
+  redis.call('SADD', p .. 'active', shape)
+  return 'OK'
+end
+
+local function node_holds(p, node, incarnation)
+  local record = redis.call('HMGET', p .. 'n:' .. node, 'incarnation', 'fenced')
+  return record[1] == incarnation and record[2] ~= incarnation
+end
+
+-- slot, node, incarnation, devices, generation: OK, ADOPTED (the same incarnation again), FENCED, or REFUSED.
+local function open(keys, args)
+  local p, slot, node, incarnation = keys[1], args[1], args[2], args[3]
+  if not node_holds(p, node, incarnation) then return { 'FENCED' } end
+  local key = p .. 's:' .. slot
+  local record = redis.call('HMGET', key, 'status', 'node', 'incarnation', 'shape')
+  if not record[1] then return { 'REFUSED' } end
+  local shape = record[4]
+  local blob = redis.call('HGET', p .. 'shapes', shape)
+  if record[1] == 'OPEN' and record[2] == node and record[3] == incarnation then return { 'ADOPTED', shape, blob } end
+  if record[1] ~= 'REQUESTED' then return { 'REFUSED' } end
+  redis.call('HSET', key, 'status', 'OPEN', 'node', node, 'incarnation', incarnation, 'devices', args[4],
+    'opened', now_ms(), 'idle', '')
+  redis.call('SADD', p .. 'ns:' .. node, slot)
+  return { 'OK', shape, blob }
+end
+
+-- slot, incarnation, reason: the agent ends its slot.
+local function close(keys, args)
+  local p, slot = keys[1], args[1]
+  local record = redis.call('HMGET', p .. 's:' .. slot, 'status', 'incarnation')
+  if record[1] == 'OPEN' and record[2] ~= args[2] then return 'FENCED' end
+  close_slot(p, slot, args[3], now_ms())
+  return 'OK'
+end
+
+-- token, reason, slots …: the leader ends slots, opened or not.
+local function fence(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1]) then return 'STALE' end
+  local now = now_ms()
+  for i = 3, #args do
+    local node = redis.call('HGET', p .. 's:' .. args[i], 'node')
+    if close_slot(p, args[i], args[2], now) and node then
+      redis.call('PUBLISH', p .. 'wake:' .. node, 'flag ' .. args[i])
+    end
+  end
+  return 'OK'
+end
+
+-- token, reason, slots …: the leader takes back slots that nobody has opened; returns those that it could.
+local function drop(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1]) then return { 'STALE' } end
+  local now, dropped = now_ms(), {}
+  for i = 3, #args do
+    local status = redis.call('HGET', p .. 's:' .. args[i], 'status')
+    if status == 'REQUESTED' then
+      close_slot(p, args[i], args[2], now)
+      dropped[#dropped + 1] = args[i]
+    end
+  end
+  return { 'OK', dropped }
+end
+
+-- token, flag, slots …: close, drain or preempt; told in the reply to next, by the wake channel and in the beat.
+local function flag(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1]) then return 'STALE' end
+  for i = 3, #args do
+    local key = p .. 's:' .. args[i]
+    local record = redis.call('HMGET', key, 'status', 'node', 'shape')
+    if record[1] == 'OPEN' then
+      redis.call('HSET', key, 'flag', args[2])
+      redis.call('SREM', p .. 'idle:' .. record[3], args[i])
+      redis.call('PUBLISH', p .. 'wake:' .. record[2], 'flag ' .. args[i])
+    end
+  end
+  return 'OK'
+end
+
+local function close_all_of(p, node, reason, now)
+  local closed = {}
+  for _, slot in ipairs(redis.call('SMEMBERS', p .. 'ns:' .. node)) do
+    if close_slot(p, slot, reason, now) then closed[#closed + 1] = slot end
+  end
+  return closed
+end
+
+-- node, incarnation, info: a new incarnation ends all that earlier ones held.
+local function register(keys, args)
+  local p, node, incarnation = keys[1], args[1], args[2]
+  local key = p .. 'n:' .. node
+  local record = redis.call('HMGET', key, 'incarnation', 'fenced')
+  if record[2] == incarnation then return 'FENCED' end
+  if record[1] ~= incarnation then close_all_of(p, node, 'AgentRestarted', now_ms()) end
+  redis.call('HSET', key, 'incarnation', incarnation, 'info', args[3], 'left', '')
+  redis.call('HINCRBY', key, 'beat', 1)
+  redis.call('SADD', p .. 'nodes', node)
+  redis.call('PUBLISH', p .. 'ctl', 'plan')
+  return 'OK'
+end
+
+-- node, incarnation, then (slot, i|b) …: {word, slot, word, slot …}; the first word is OK or FENCED.
+-- Words about a slot: fenced, work, close, drain, preempt, cancel:ID.
+local function beat(keys, args)
+  local p, node, incarnation = keys[1], args[1], args[2]
+  if not node_holds(p, node, incarnation) then return { 'FENCED' } end
+  redis.call('HINCRBY', p .. 'n:' .. node, 'beat', 1)
+  local reply = { 'OK' }
+  local function tell(slot, word) reply[#reply + 1] = slot; reply[#reply + 1] = word end
+  for i = 3, #args, 2 do
+    local slot = args[i]
+    local record = redis.call('HMGET', p .. 's:' .. slot, 'status', 'incarnation', 'flag', 'shape')
+    if record[1] ~= 'OPEN' or record[2] ~= incarnation then
+      tell(slot, 'fenced')
+    else
+      if record[3] and record[3] ~= '' then tell(slot, record[3]) end
+      for _, id in ipairs(redis.call('SMEMBERS', p .. 'x:' .. slot)) do tell(slot, 'cancel:' .. id) end
+      if args[i + 1] == 'i' then
+        if redis.call('ZCARD', p .. 'q:' .. record[4]) > 0 or redis.call('SCARD', p .. 'run:' .. slot) > 0 then
+          tell(slot, 'work')
+        elseif not record[3] or record[3] == '' then
+          redis.call('SADD', p .. 'idle:' .. record[4], slot) -- a wake-up that was lost had taken it out
+        end
+      end
+    end
+  end
+  return reply
+end
+
+-- slot, ids …: cancellations that the agent has taken note of.
+local function cancels(keys, args)
+  return redis.call('SMEMBERS', keys[1] .. 'x:' .. args[1])
+end
+
+-- token, node, incarnation: the leader declares this incarnation dead. Returns the slots that it ended.
+local function lost(keys, args)
+  local p, node, incarnation = keys[1], args[2], args[3]
+  if not leads(p, args[1]) then return { 'STALE' } end
+  if redis.call('HGET', p .. 'n:' .. node, 'incarnation') ~= incarnation then return { 'GONE' } end
+  redis.call('HSET', p .. 'n:' .. node, 'fenced', incarnation)
+  return { 'OK', close_all_of(p, node, 'NodeLost', now_ms()) }
+end
+
+-- node, incarnation: the agent stops cleanly.
+local function leave(keys, args)
+  local p, node = keys[1], args[1]
+  if not node_holds(p, node, args[2]) then return 'FENCED' end
+  close_all_of(p, node, 'AgentStopped', now_ms())
+  redis.call('HSET', p .. 'n:' .. node, 'left', '1')
+  return 'OK'
+end
+
+-- holder, token, beat, step: read | take (only from what was seen) | renew | resign. Returns {word, token, beat, holder}.
+local function lead(keys, args)
+  local p, holder, token, seen, step = keys[1], args[1], args[2], args[3], args[4]
+  local key = p .. 'leader'
+  local record = redis.call('HMGET', key, 'token', 'beat', 'holder')
+  local current = { token = record[1] or '0', beat = record[2] or '0', holder = record[3] or '' }
+  local word = 'NO'
+  if step == 'take' and current.token == token and (current.beat == seen or current.holder == '') then
+    current = { token = tostring(tonumber(token) + 1), beat = '0', holder = holder }
+    redis.call('HSET', key, 'token', current.token, 'beat', '0', 'holder', holder, 'held', '0')
+    word = 'OK'
+  elseif current.token == token and current.holder == holder then
+    if step == 'renew' then
+      current.beat = tostring(redis.call('HINCRBY', key, 'beat', 1))
+      word = 'OK'
+    elseif step == 'resign' then
+      redis.call('HSET', key, 'holder', '')
+      current.holder = ''
+      word = 'OK'
+    end
+  end
+  return { word, current.token, current.beat, current.holder }
+end
+
+-- token, held slots, then (shape, depth at which to ask again) …: what the leader has planned.
+local function planned(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1]) then return 'STALE' end
+  redis.call('HSET', p .. 'leader', 'held', args[2])
+  for i = 3, #args, 2 do redis.call('HSET', p .. 'sh:' .. args[i], 'wake_at', args[i + 1]) end
+  return 'OK'
+end
+
+-- token, tasks ended before (ms), tasks kept, slots closed before (ms), limit: forgets what is old. Returns both counts.
+local function sweep(keys, args)
+  local p, limit = keys[1], tonumber(args[5])
+  if not leads(p, args[1]) then return { 0, 0 } end
+  local old = redis.call('ZRANGEBYSCORE', p .. 'done', '-inf', '(' .. args[2], 'LIMIT', 0, limit)
+  local excess = redis.call('ZCARD', p .. 'done') - tonumber(args[3])
+  if excess > #old then old = redis.call('ZRANGE', p .. 'done', 0, math.min(excess, limit) - 1) end
+  for _, id in ipairs(old) do
+    local task = redis.call('HMGET', p .. 't:' .. id, 'tenant', 'state')
+    redis.call('ZREM', p .. 'done', id)
+    if task[1] then
+      redis.call('ZREM', p .. 'tt:' .. task[1], id)
+      redis.call('DEL', p .. 't:' .. id, p .. 'l:' .. id)
+      count_move(p, task[2], nil)
+    end
+  end
+  local tombs = redis.call('ZRANGEBYSCORE', p .. 'tombs', '-inf', '(' .. args[4], 'LIMIT', 0, limit)
+  for _, slot in ipairs(tombs) do
+    redis.call('ZREM', p .. 'tombs', slot)
+    redis.call('DEL', p .. 's:' .. slot)
+  end
+  return { #old, #tombs }
+end
+
+redis.register_function { function_name = 'ry_request', callback = request, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_open', callback = open, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_close', callback = close, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_fence', callback = fence, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_drop', callback = drop, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_flag', callback = flag, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_register', callback = register, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_beat', callback = beat, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_cancels', callback = cancels, flags = { 'no-writes' } }
+redis.register_function { function_name = 'ry_lost', callback = lost, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_leave', callback = leave, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_lead', callback = lead, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_planned', callback = planned, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_sweep', callback = sweep, flags = { 'allow-oom' } }

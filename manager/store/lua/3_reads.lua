@@ -1,0 +1,87 @@
+-- Snapshots: what controller and API look at. They change nothing but the marks that belong to looking.
+
+local SLOT_FIELDS = { 'shape', 'status', 'node', 'incarnation', 'devices', 'flag', 'requested', 'opened', 'idle', 'served',
+  'token' }
+
+local function slots_of(p)
+  local slots = {}
+  for _, slot in ipairs(redis.call('SMEMBERS', p .. 'slots')) do
+    local row = redis.call('HMGET', p .. 's:' .. slot, unpack(SLOT_FIELDS))
+    for i = 1, #SLOT_FIELDS do row[i] = row[i] or '' end
+    row[#row + 1] = redis.call('SCARD', p .. 'run:' .. slot)
+    table.insert(row, 1, slot)
+    slots[#slots + 1] = row
+  end
+  return slots
+end
+
+local function queues_of(p, looked)
+  local queues = {}
+  for _, shape in ipairs(redis.call('SMEMBERS', p .. 'active')) do
+    local depth = redis.call('ZCARD', p .. 'q:' .. shape)
+    if looked and depth == 0 and redis.call('SCARD', p .. 'ss:' .. shape) == 0 then
+      redis.call('SREM', p .. 'active', shape)
+      redis.call('HDEL', p .. 'sh:' .. shape, 'asked', 'wake_at')
+    else
+      if looked then redis.call('HDEL', p .. 'sh:' .. shape, 'asked') end
+      local head = redis.call('ZRANGE', p .. 'q:' .. shape, 0, 0, 'WITHSCORES')
+      local queued = head[1] and redis.call('HGET', p .. 't:' .. head[1], 'queued') or ''
+      queues[#queues + 1] = { shape, redis.call('HGET', p .. 'shapes', shape) or '', depth, head[2] or '', queued,
+        redis.call('HGET', p .. 'sh:' .. shape, 'run_ms') or '' }
+    end
+  end
+  return queues
+end
+
+local function nodes_of(p)
+  local nodes = {}
+  for _, node in ipairs(redis.call('SMEMBERS', p .. 'nodes')) do
+    local row = redis.call('HMGET', p .. 'n:' .. node, 'incarnation', 'beat', 'info', 'fenced', 'left')
+    for i = 1, 5 do row[i] = row[i] or '' end
+    local heart = redis.call('HMGET', p .. 'hb:' .. node, 'uses', 'seen', 'address')
+    for i = 1, 3 do row[#row + 1] = heart[i] or '' end
+    table.insert(row, 1, node)
+    nodes[#nodes + 1] = row
+  end
+  return nodes
+end
+
+-- look ("1": the controller, which takes note of what asked for it; "0": anybody): {now, queues, slots, nodes}.
+local function state(keys, args)
+  local p = keys[1]
+  return { now_ms(), queues_of(p, args[1] == '1'), slots_of(p), nodes_of(p) }
+end
+
+local LIST_FIELDS = { 'state', 'function', 'attempt', 'shape', 'node', 'created', 'queued', 'started', 'finished',
+  'failures', 'crashes', 'losses', 'error', 'sequence' }
+local SCAN_MAX = 2000 -- records looked at in one call; the caller goes on from the cursor
+
+-- tenant, before (sequence or ""), limit, state or "", function or "": {next sequence or "", rows}, newest first.
+local function list(keys, args)
+  local p, tenant, limit, wanted, name = keys[1], args[1], tonumber(args[3]), args[4], args[5]
+  local index = p .. (LIVE[wanted] and 'ta:' or 'tt:') .. tenant
+  local top = args[2] == '' and '+inf' or '(' .. args[2]
+  local ids = redis.call('ZREVRANGEBYSCORE', index, top, '-inf', 'WITHSCORES', 'LIMIT', 0, SCAN_MAX)
+  local rows = {}
+  for i = 1, #ids, 2 do
+    local row = redis.call('HMGET', p .. 't:' .. ids[i], unpack(LIST_FIELDS))
+    if row[1] and (wanted == '' or row[1] == wanted) and (name == '' or row[2] == name) then
+      for j = 1, #LIST_FIELDS do row[j] = row[j] or '' end
+      table.insert(row, 1, ids[i])
+      rows[#rows + 1] = row
+      if #rows == limit then
+        return { i + 1 < #ids and ids[i + 1] or (#ids == SCAN_MAX * 2 and ids[i + 1] or ''), rows }
+      end
+    end
+  end
+  return { #ids == SCAN_MAX * 2 and ids[#ids] or '', rows }
+end
+
+-- shape, score: how many tasks of the shape stand before.
+local function position(keys, args)
+  return redis.call('ZCOUNT', keys[1] .. 'q:' .. args[1], '-inf', '(' .. args[2])
+end
+
+redis.register_function { function_name = 'ry_state', callback = state, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_list', callback = list, flags = { 'no-writes' } }
+redis.register_function { function_name = 'ry_position', callback = position, flags = { 'no-writes' } }

@@ -1,0 +1,175 @@
+"""From the store's flat answers to records. Pure; the orders of fields are those of the library's reads."""
+
+from typing import Any, Final
+
+import msgspec
+
+from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
+from manager.core.model import (
+    ClusterState,
+    DeviceUse,
+    NodeInfo,
+    NodeRow,
+    OpenReply,
+    QueueRow,
+    SlotRow,
+    TaskError,
+    TaskEvent,
+    TaskRecord,
+    TaskSpec,
+)
+from manager.core.shapes import Shape
+
+TASK_FIELDS: Final = (
+    *("state", "tenant", "function", "shape", "attempt", "failures", "crashes", "losses", "score", "node", "slot"),
+    *("cancel", "created", "queued", "started", "finished", "spec", "result", "error"),
+)
+
+_spec = msgspec.json.Decoder(TaskSpec).decode
+_error = msgspec.json.Decoder(TaskError).decode
+_shape = msgspec.json.Decoder(Shape).decode
+_info = msgspec.json.Decoder(NodeInfo).decode
+_uses = msgspec.json.Decoder(tuple[DeviceUse, ...]).decode
+
+
+def _ms(value: bytes | None) -> int | None:
+    return int(value) if value else None
+
+
+def _text(value: bytes | None) -> str:
+    return value.decode() if value else ""
+
+
+def task(task_id: str, row: list[Any]) -> TaskRecord | None:
+    """The record of one task from its fields in the order of `TASK_FIELDS`; None where there is none."""
+    if row[0] is None:
+        return None
+    (state, tenant, function, shape, attempt, failures, crashes, losses, score, node, slot) = row[:11]
+    (cancel, created, queued, started, finished, spec, result, error) = row[11:]
+    return TaskRecord(
+        task_id=task_id,
+        status=TaskStatus(state.decode()),
+        tenant=_text(tenant),
+        function=_text(function),
+        shape_id=_text(shape),
+        attempt=int(attempt),
+        failures=int(failures or 0),
+        crashes=int(crashes or 0),
+        losses=int(losses or 0),
+        score=int(score or 0),
+        node=_text(node),
+        slot=_text(slot),
+        cancel_requested=cancel == b"1",
+        created_ms=int(created),
+        queued_ms=_ms(queued),
+        started_ms=_ms(started),
+        finished_ms=_ms(finished),
+        spec=_spec(spec) if spec else None,
+        result=result,
+        error=_error(error) if error else None,
+    )
+
+
+def listed(tenant: str, row: list[Any]) -> TaskRecord:
+    """A row of a list: no arguments and no result."""
+    task_id, state, function, attempt, shape, node, created, queued, started, finished = row[:10]
+    failures, crashes, losses, error, _sequence = row[10:]
+    return TaskRecord(
+        task_id=task_id.decode(),
+        status=TaskStatus(state.decode()),
+        tenant=tenant,
+        function=_text(function),
+        shape_id=_text(shape),
+        attempt=int(attempt),
+        failures=int(failures or 0),
+        crashes=int(crashes or 0),
+        losses=int(losses or 0),
+        node=_text(node),
+        created_ms=int(created),
+        queued_ms=_ms(queued),
+        started_ms=_ms(started),
+        finished_ms=_ms(finished),
+        error=_error(error) if error else None,
+    )
+
+
+def event(fields: list[bytes]) -> TaskEvent:
+    """An entry of the event stream."""
+    found = {fields[i]: fields[i + 1] for i in range(0, len(fields), 2)}
+    error = found.get(b"e")
+    return TaskEvent(
+        task_id=found[b"i"].decode(),
+        status=TaskStatus(found[b"s"].decode()),
+        attempt=int(found[b"a"]),
+        node=_text(found.get(b"n")),
+        started_ms=_ms(found.get(b"b")),
+        finished_ms=int(found[b"f"]),
+        inline=b"r" in found,
+        result=found.get(b"r") or None,
+        error=_error(error) if error else None,
+    )
+
+
+def opened(reply: list[Any]) -> OpenReply:
+    """Answer to `open`."""
+    word = reply[0].decode()
+    if len(reply) < 3:
+        return OpenReply(word)
+    return OpenReply(word, reply[1].decode(), _shape(reply[2]))
+
+
+def _slot(row: list[Any]) -> SlotRow:
+    slot_id, shape, status, node, incarnation, devices, flag, requested, opened_at, idle, served, token, running = row
+    return SlotRow(
+        slot_id=slot_id.decode(),
+        shape_id=_text(shape),
+        status=SlotStatus(status.decode()),
+        node=_text(node),
+        incarnation=_text(incarnation),
+        devices=tuple(_text(devices).split(",")) if devices else (),
+        flag=SlotFlag(_text(flag)),
+        requested_ms=int(requested or 0),
+        opened_ms=_ms(opened_at),
+        idle_ms=_ms(idle),
+        served=int(served or 0),
+        token=int(token or 0),
+        running=int(running),
+    )
+
+
+def _queue(row: list[Any]) -> QueueRow:
+    shape_id, shape, depth, head, queued, run_ms = row
+    return QueueRow(
+        shape_id=shape_id.decode(),
+        shape=_shape(shape),
+        depth=int(depth),
+        head=int(float(head)) if head else None,
+        head_queued_ms=_ms(queued),
+        run_s=float(run_ms) / 1000 if run_ms else None,
+    )
+
+
+def _node(row: list[Any]) -> NodeRow:
+    node, incarnation, beat, info, fenced, left, uses, seen, address = row
+    return NodeRow(
+        node=node.decode(),
+        incarnation=_text(incarnation),
+        beat=int(beat or 0),
+        info=_info(info),
+        fenced=bool(fenced) and fenced == incarnation,
+        left=left == b"1",
+        uses=_uses(uses) if uses else (),
+        uses_ms=_ms(seen),
+        address=_text(address),
+    )
+
+
+def state(reply: list[Any]) -> ClusterState:
+    """One look at the cluster."""
+    now, queues, slots, nodes = reply
+    return ClusterState(
+        now_ms=int(now),
+        queues=tuple(sorted((_queue(row) for row in queues), key=lambda row: row.shape_id)),
+        slots=tuple(sorted((_slot(row) for row in slots), key=lambda row: row.slot_id)),
+        nodes=tuple(sorted((_node(row) for row in nodes if row[3]), key=lambda row: row.node)),
+    )

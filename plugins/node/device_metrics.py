@@ -1,0 +1,41 @@
+"""What the node's devices look like, as Prometheus gauges."""
+
+from collections.abc import Mapping, Sequence
+
+from manager.core.devices import Device
+from manager.core.model import DeviceUse
+from manager.metrics import (
+    DEVICE_MEMORY_FOREIGN,
+    DEVICE_MEMORY_LEASED,
+    DEVICE_MEMORY_TOTAL,
+    DEVICE_MEMORY_USED,
+    DEVICE_UTILISATION,
+)
+
+
+class DeviceMetrics:
+    """Shows one node's devices; a node has few, so the labels are bounded."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+
+    def show(
+        self, devices: Sequence[Device], uses: Sequence[DeviceUse], leases: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """Set every gauge to the present."""
+        by_uuid = {use.uuid: use for use in uses}
+        for device in devices:
+            labels = {
+                "hostname": self.node,
+                "gpu_id": str(device.index),
+                "gpu_uuid": device.uuid,
+                "card_model": device.model,
+            }
+            DEVICE_MEMORY_TOTAL.labels(**labels).set(device.memory_bytes)
+            DEVICE_MEMORY_LEASED.labels(**labels).set(sum(leases.get(device.uuid, {}).values()))
+            use = by_uuid.get(device.uuid)
+            if use is not None:
+                DEVICE_MEMORY_USED.labels(**labels).set(use.used_bytes)
+                DEVICE_MEMORY_FOREIGN.labels(**labels).set(use.foreign_bytes)
+                if use.utilisation_ratio is not None:
+                    DEVICE_UTILISATION.labels(**labels).set(use.utilisation_ratio)

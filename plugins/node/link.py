@@ -1,0 +1,205 @@
+"""How the Dask worker asks its agent: a unix socket with framed msgpack, one request per connection.
+
+The worker holds no right to tasks. It asks the agent to open a slot (and waits on that connection until the slot has
+ended), for the report that it registers with, and for the devices' last readings. The agent numbers its Dask workers:
+a request of another generation than the newest is refused.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+
+from manager.core.devices import Device
+from manager.core.model import DeviceUse
+from manager.core.placement import Grant
+from manager.core.wire import FrameReader, pack
+
+READ_BYTES: Final = 65536
+
+
+class OpenSlot(msgspec.Struct, frozen=True, tag="open"):
+    """Open this slot, or adopt it where it is open; the answer comes when it has ended."""
+
+    generation: int
+    slot_id: str
+    devices: tuple[str, ...]
+    memory_bytes: int
+
+
+class AskReport(msgspec.Struct, frozen=True, tag="report"):
+    """What lives on this node? Asked once, while the worker registers."""
+
+    generation: int
+
+
+class AskBeat(msgspec.Struct, frozen=True, tag="beat"):
+    """The worker lives; what is new?"""
+
+    generation: int
+    address: str
+
+
+class LiveSlot(msgspec.Struct, frozen=True):
+    """A slot that the agent holds."""
+
+    slot_id: str
+    grant: Grant
+
+
+class Report(msgspec.Struct, frozen=True, tag="reported"):
+    """The whole truth about one node at the moment that its worker registers: what is not in it is not there."""
+
+    node: str
+    incarnation: str
+    generation: int
+    devices: tuple[Device, ...]
+    reserve_bytes: int
+    slots: tuple[LiveSlot, ...]
+    cordoned: bool = False
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beaten"):
+    """News since the registration. Only `closed` says that something is gone; absence says nothing.
+
+    Attributes:
+        closed: slot ids that ended, the newest hundreds.
+        uses: devices at the last reading, made `age_s` ago.
+        cordoned: place nothing new here.
+    """
+
+    node: str
+    closed: tuple[str, ...]
+    uses: tuple[DeviceUse, ...]
+    age_s: float
+    cordoned: bool = False
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """The slot has ended, or was never opened here: `reason` says which."""
+
+    reason: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The request came from a Dask worker that was replaced."""
+
+    reason: str
+
+
+Request = OpenSlot | AskReport | AskBeat
+Answer = Report | Beat | Ended | Refused
+
+_decode_request = msgspec.msgpack.Decoder(Request).decode
+_decode_answer = msgspec.msgpack.Decoder(Answer).decode
+
+
+class LinkBroken(Exception):
+    """The agent did not answer."""
+
+
+class AgentLink:
+    """The Dask worker's side."""
+
+    def __init__(self, path: str, generation: int) -> None:
+        self.path = path
+        self.generation = generation
+
+    async def report(self, deadline_s: float) -> Report:
+        """The report to register with.
+
+        Raises:
+            LinkBroken: no answer, or this worker was replaced.
+        """
+        answer = await self._ask(AskReport(self.generation), deadline_s)
+        if not isinstance(answer, Report):
+            raise LinkBroken(f"the agent answered {answer!r}")
+        return answer
+
+    async def beat(self, address: str, deadline_s: float) -> Beat:
+        """News for the scheduler.
+
+        Raises:
+            LinkBroken: no answer, or this worker was replaced.
+        """
+        answer = await self._ask(AskBeat(self.generation, address), deadline_s)
+        if not isinstance(answer, Beat):
+            raise LinkBroken(f"the agent answered {answer!r}")
+        return answer
+
+    async def open(self, slot_id: str, devices: tuple[str, ...], memory_bytes: int) -> str:
+        """Have the slot opened and wait until it has ended; why it ended.
+
+        Raises:
+            LinkBroken: the agent went away.
+        """
+        answer = await self._ask(OpenSlot(self.generation, slot_id, devices, memory_bytes), None)
+        match answer:
+            case Ended(reason):
+                return reason
+            case Refused(reason):
+                raise LinkBroken(reason)
+            case _:
+                raise LinkBroken(f"the agent answered {answer!r}")
+
+    async def _ask(self, request: Request, deadline_s: float | None) -> Answer:
+        try:
+            async with asyncio.timeout(deadline_s):
+                reader, writer = await asyncio.open_unix_connection(self.path)
+                try:
+                    writer.write(pack(request))
+                    frames = FrameReader()
+                    while True:
+                        data = await reader.read(READ_BYTES)
+                        if not data:
+                            raise LinkBroken("the agent closed the connection")
+                        for body in frames.feed(data):
+                            return _decode_answer(body)
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError) as error:
+            raise LinkBroken(f"the agent does not answer: {str(error) or type(error).__name__}") from None
+
+
+async def serve_link(path: str, answer: Callable[[Request], Awaitable[Answer]]) -> asyncio.Server:
+    """The agent's side: `answer` is awaited for each request; a connection that goes away cancels nothing."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        frames = FrameReader()
+        try:
+            while data := await reader.read(READ_BYTES):
+                for body in frames.feed(data):
+                    writer.write(pack(await answer(_decode_request(body))))
+                    await writer.drain()
+        except (OSError, ValueError, msgspec.MsgspecError):
+            pass  # a broken peer ends its own connection and nothing else
+        finally:
+            writer.close()
+
+    return await asyncio.start_unix_server(handle, path)
+
+
+def encode_report(report: Report | Beat) -> bytes:
+    """As it travels inside Dask's own messages: one JSON text, since Dask turns lists into tuples on the way."""
+    return msgspec.json.encode(report)
+
+
+def decode_report(data: Any) -> Report | None:
+    """A report out of Dask's registration; None where there is none that can be read."""
+    if not isinstance(data, bytes | str):
+        return None
+    try:
+        return msgspec.json.decode(data, type=Report)
+    except msgspec.MsgspecError:
+        return None
+
+
+def decode_beat(data: Any) -> Beat | None:
+    """News out of a Dask heartbeat; None where there is none that can be read."""
+    if not isinstance(data, bytes | str):
+        return None
+    try:
+        return msgspec.json.decode(data, type=Beat)
+    except msgspec.MsgspecError:
+        return None

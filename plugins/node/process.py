@@ -1,0 +1,73 @@
+"""The process of a node agent."""
+
+import asyncio
+import contextlib
+import socket
+import tempfile
+from pathlib import Path
+
+import uvloop
+
+from manager.core.errors import StoreUnavailable
+from manager.log import configure_logging, get_logger
+from manager.metrics import serve_metrics
+from manager.settings import Settings
+from manager.store import Store, StoreConnection
+from manager.store.store import connect
+from plugins.node.agent import Agent, install_signals, service_record
+from plugins.node.devices.probe import Prober, Simulated, detect
+
+log = get_logger("rocyard.agent")
+
+
+async def serve(settings: Settings) -> None:
+    """Run one agent until SIGTERM.
+
+    Raises:
+        StartError: no devices, or an address that cannot be bound.
+    """
+    node = settings.node.name or socket.gethostname()
+    directory = Path(settings.data_dir).expanduser().absolute() / "nodes" / node
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    simulated = Simulated(settings.node.simulate, settings.node.simulated_node, directory / "devices")
+    found = await detect(settings.node.devices, simulated if settings.node.simulate else None)
+    for rejection in found.rejected:
+        log.info("device_source_not_used", source=rejection.kind, reason=rejection.reason)
+    prober = Prober(
+        found.kind,
+        simulated=simulated if found.kind == "simulated" else None,
+        deadline_s=settings.node.probe_deadline_s,
+    )
+    url, deadline_s = settings.store.url.value, settings.store.deadline_s
+    store = connect(url, deadline_s, f"agent-{node}")
+    listener = StoreConnection(url, deadline_s, f"agent-{node}-wake")
+    # Paths of unix sockets are short: the data directory's may not be.
+    with tempfile.TemporaryDirectory(prefix="rocyard-") as sockets:
+        agent = Agent(settings, node, store, listener, prober, directory, Path(sockets) / "agent.sock")
+        install_signals(agent)
+        port, stop_metrics = serve_metrics(settings.node.metrics_host, settings.node.metrics_port)
+        metrics_url = f"http://{settings.node.metrics_host}:{port}/metrics"
+        announcing = asyncio.create_task(_announce(store, f"node/{node}", metrics_url))
+        try:
+            await agent.run(metrics_url)
+        finally:
+            announcing.cancel()
+            stop_metrics()
+            await listener.close()
+            await store.connection.close()
+
+
+async def _announce(store: Store, name: str, metrics_url: str) -> None:
+    while True:
+        with contextlib.suppress(StoreUnavailable):
+            await store.put_service(name, service_record(metrics_url))
+            return
+        await asyncio.sleep(0.5)
+
+
+def run(settings: Settings) -> int:
+    """The process's main function."""
+    configure_logging("node", settings.log)
+    uvloop.run(serve(settings))
+    return 0
+
