@@ -34,9 +34,10 @@ test: lint  ## lint, types and all tests (ARGS=… goes to pytest)
 	exec $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMPS)/test  ## ruff and mypy
-	$(BIN)/ruff check --quiet $(LINTED)
-	$(BIN)/ruff format --quiet --check $(LINTED) || { echo "run: $(BIN)/ruff format $(LINTED)"; exit 1; }
-	$(BIN)/mypy --strict --no-error-summary $(CODE)
+	echo "checking style and types"
+	$(BIN)/python -m ruff check --quiet $(LINTED)
+	$(BIN)/python -m ruff format --quiet --check $(LINTED) || { echo "run: $(BIN)/python -m ruff format $(LINTED)"; exit 1; }
+	$(BIN)/python -m mypy --strict --no-error-summary $(CODE)
 
 bench: $(STAMPS)/bench  ## one benchmark: BENCH=http ARGS=--json
 	exec $(BIN)/python benchmarks/$(BENCH).py $(ARGS)

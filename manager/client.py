@@ -4,6 +4,7 @@ Owns paths and what an answer means to the caller. It reads no environment (`man
 cluster is) and prints nothing. One client may be used from several threads.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -175,25 +176,32 @@ class Client:
             tasks += [Task(self, one.task_id) for one in accepted.tasks]
         return tasks
 
-    def get(self, task: TaskLike, *, with_args: bool = False) -> rest.TaskView:
-        """The task as it stands now, with its result where it has one."""
-        return self._wire.get(_path(task), rest.TaskView, {"args": "true"} if with_args else None)
+    def get(self, task: TaskLike, *, with_args: bool = False, tenant: str | None = None) -> rest.TaskView:
+        """The task as it stands now, with its result where it has one.
 
-    def wait(self, task: TaskLike, timeout_s: float | None = None) -> rest.TaskView:
-        """The task once it has ended, well or badly.
+        Args:
+            task: it or its id.
+            with_args: with its arguments too.
+            tenant: whose it is, where it is another one's; for admins. So for the calls below.
+        """
+        query = {"args": "true"} if with_args else {}
+        return self._wire.get(_path(task), rest.TaskView, query | _of(tenant))
+
+    def wait(self, task: TaskLike, timeout_s: float | None = None, *, tenant: str | None = None) -> rest.TaskView:
+        """The task once it has ended, well or badly. Goes on over restarts of the API.
 
         Raises:
             WaitTimeout: it has not ended after `timeout_s` seconds (None: no limit).
         """
-        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        end_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            left_s = WAIT_STEP_S if end_s is None else min(WAIT_STEP_S, end_s - time.monotonic())
-            step_s = max(left_s, 0.0)
-            patience_s = WAIT_PATIENCE_S if end_s is None else min(WAIT_PATIENCE_S, max(end_s - time.monotonic(), 0.0))
-            view = self._wire.get(_path(task), rest.TaskView, {"wait": f"{step_s:.3f}"}, step_s, patience_s)
+            left_s = max(end_s - time.monotonic(), 0.0)
+            step_s = min(WAIT_STEP_S, left_s)
+            query = {"wait": f"{step_s:.3f}"} | _of(tenant)
+            view = self._wire.get(_path(task), rest.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
             if view.status in FINAL:
                 return view
-            if end_s is not None and time.monotonic() >= end_s:
+            if time.monotonic() >= end_s:
                 raise WaitTimeout(f"Task {view.task_id} is {view.status} after {timeout_s:g} s of waiting; it goes on.")
 
     def result(self, task: TaskLike, timeout_s: float | None = None) -> Any:
@@ -205,17 +213,17 @@ class Client:
         """
         return result_of(self.wait(task, timeout_s))
 
-    def cancel(self, task: TaskLike) -> rest.Cancelled:
+    def cancel(self, task: TaskLike, *, tenant: str | None = None) -> rest.Cancelled:
         """Ask for the task's end: at once where it waits, within seconds where it runs."""
-        return self._wire.post(f"{_path(task)}/cancel", b"", rest.Cancelled)
+        return self._wire.post(f"{_path(task)}/cancel", b"", rest.Cancelled, _of(tenant))
 
-    def logs(self, task: TaskLike) -> rest.TaskLog:
+    def logs(self, task: TaskLike, *, tenant: str | None = None) -> rest.TaskLog:
         """What the newest attempt has written."""
-        return self._wire.get(f"{_path(task)}/logs", rest.TaskLog)
+        return self._wire.get(f"{_path(task)}/logs", rest.TaskLog, _of(tenant))
 
-    def explain(self, task: TaskLike) -> Explanation:
+    def explain(self, task: TaskLike, *, tenant: str | None = None) -> Explanation:
         """Why the task is where it is, with a verdict for each worker."""
-        return self._wire.get(f"{_path(task)}/explain", Explanation)
+        return self._wire.get(f"{_path(task)}/explain", Explanation, _of(tenant))
 
     def tasks(
         self,
@@ -270,7 +278,7 @@ class Client:
 
     def revoke_key(self, key_id: str) -> rest.KeyView:
         """End a key. For admins."""
-        return self._wire.post(f"/v1/keys/{segment(key_id)}/revoke", b"", rest.KeyView)
+        return self._wire.delete(f"/v1/keys/{segment(key_id)}", rest.KeyView)
 
 
 def result_of(view: rest.TaskView) -> Any:
@@ -308,3 +316,7 @@ def _batches(requests: Iterable[rest.TaskRequest]) -> Iterator[bytes]:
 
 def _path(task: TaskLike) -> str:
     return f"/v1/tasks/{segment(task if isinstance(task, str) else task.task_id)}"
+
+
+def _of(tenant: str | None) -> dict[str, str]:
+    return {} if tenant is None else {"tenant": tenant}

@@ -46,14 +46,24 @@ class Wire:
             trust_env=urlsplit(address.url).hostname not in {"127.0.0.1", "::1", "localhost"},
         )
 
-    def post(self, path: str, body: bytes, kind: type[T]) -> T:
+    def post(self, path: str, body: bytes, kind: type[T], query: Mapping[str, str] | None = None) -> T:
+        """POST once."""
+        return self._once("POST", path, body, kind, query)
+
+    def delete(self, path: str, kind: type[T]) -> T:
+        """DELETE once."""
+        return self._once("DELETE", path, b"", kind, None)
+
+    def _once(self, method: str, path: str, body: bytes, kind: type[T], query: Mapping[str, str] | None) -> T:
+        headers = {"Content-Type": "application/json"} if body else {}
         try:
-            response = self._http.post(path, content=body, headers={"Content-Type": "application/json"})
+            response = self._http.request(method, path, content=body, params=query, headers=headers)
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
         except httpx.TransportError as error:
-            unknown = "; whether it took the request is not known" if "/cancel" not in path else ""
-            raise ClusterUnreachable(f"{self.address.url} did not answer ({_words(error)}){unknown}.") from error
+            raise ClusterUnreachable(
+                f"{self.address.url} did not answer ({_words(error)}); whether it did what was asked is not known."
+            ) from error
         return self._decoded(response, kind)
 
     def get(

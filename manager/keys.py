@@ -65,13 +65,18 @@ def parse_key(text: str) -> tuple[str, str] | None:
     return (match.group(1), match.group(2)) if match else None
 
 
+def is_tenant(name: str) -> bool:
+    """Whether a tenant can be called that."""
+    return _NAME.fullmatch(name) is not None and not name.endswith("\n")
+
+
 def make_key(tenant: str, scope: KeyScope, now_ms: int) -> tuple[str, ApiKey]:
     """A new key: its text, to be shown once, and its record.
 
     Raises:
         BadRequest: a tenant cannot be called that.
     """
-    if _NAME.fullmatch(tenant) is None:
+    if not is_tenant(tenant):
         raise BadRequest(f"{tenant[:80]!r} cannot name a tenant: use a-z, 0-9 and '-', at most 63, not '-' first")
     key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
     secret = secrets.token_urlsafe(32)

@@ -138,19 +138,20 @@ class Reply:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        headers = [
+        await send({"type": "http.response.start", "status": self.status, "headers": self.all_headers()})
+        await send({"type": "http.response.body", "body": self.body})
+
+    def all_headers(self) -> Headers:
+        """Its own headers with those that every answer bears."""
+        found = [
             (b"content-type", self.content_type),
             (b"content-length", b"%d" % len(self.body)),
             (b"x-request-id", self.request_id),
         ]
         if self.headers is None:
-            headers += BASE_HEADERS
-        else:
-            own = {name for name, _ in self.headers}
-            headers += self.headers
-            headers += [pair for pair in BASE_HEADERS if pair[0] not in own]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body})
+            return found + BASE_HEADERS
+        own = {name for name, _ in self.headers}
+        return found + self.headers + [pair for pair in BASE_HEADERS if pair[0] not in own]
 
 
 def problem_reply(error: RocyardError, path: str) -> Reply:

@@ -148,6 +148,5 @@ def _report(error: RocyardError, *, as_json: bool) -> int:
     return code
 
 
-
 if __name__ == "__main__":
     sys.exit(main())

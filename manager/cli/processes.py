@@ -1,43 +1,39 @@
-"""The processes of a cluster, each alone: what a service manager or a container starts. `rocyard up` starts them all."""
+"""The processes of a cluster, each alone, as a service manager or a container starts them. `rocyard up` starts all."""
 
-from manager.cli.session import Session, command
+import os
+import sys
+from pathlib import Path
+
+from manager.cli.session import Command, Session, command
+
+
+def _role(name: str, doc: str) -> Command:
+    def run(session: Session) -> int:
+        from manager.cli.process import run_role
+
+        return run_role(name, session.settings())
+
+    run.__doc__ = doc
+    return command(name, settings=True)(run)
+
+
+scheduler = _role("scheduler", "Run the Dask scheduler with the placement plugin.")
+controller = _role("controller", "Run the controller. Several may run: one leads, the others wait to take over.")
+node = _role("node", "Run the agent of this machine: its devices, its Dask worker and its executors.")
+api = _role("api", "Run the REST API.")
 
 
 @command("store", settings=True)
 def store(session: Session) -> int:
     """Run the embedded store: for one machine. A cluster of several uses a Redis or Valkey of its own."""
-    from manager.store.embedded import serve
+    from manager.store.server import EmbeddedStore
 
-    return serve(session.settings())
-
-
-@command("scheduler", settings=True)
-def scheduler(session: Session) -> int:
-    """Run the Dask scheduler with the placement plugin."""
-    from plugins.scheduler_process import run
-
-    return run(session.settings())
-
-
-@command("controller", settings=True)
-def controller(session: Session) -> int:
-    """Run the controller. Several may run: one leads, the others wait to take over."""
-    from manager.controller import run
-
-    return run(session.settings())
-
-
-@command("node", settings=True)
-def node(session: Session) -> int:
-    """Run the agent of this machine: its devices, its Dask worker and its executors."""
-    from plugins.node.agent import run
-
-    return run(session.settings())
-
-
-@command("api", settings=True)
-def api(session: Session) -> int:
-    """Run the REST API."""
-    from manager.api.serve import serve
-
-    return serve(session.settings())
+    settings = session.settings()
+    spec = EmbeddedStore(Path(settings.data_dir), settings.store.port).prepare()
+    session.note(f"{spec.program} {spec.version} on port {spec.port}; passwords are in {settings.data_dir}/store.json")
+    # The server takes this process's place, so that signals reach it. Its configuration fits into a pipe's 64 KiB.
+    reader, writer = os.pipe()
+    os.write(writer, spec.stdin_text.value.encode())
+    os.close(writer)
+    os.dup2(reader, sys.stdin.fileno())
+    os.execv(spec.argv[0], spec.argv)  # noqa: S606 -- our own program, by an argument list

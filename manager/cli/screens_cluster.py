@@ -124,7 +124,9 @@ def _device_row(device: DeviceView) -> tuple[Text, ...]:
         blocks,
         Text(format_memory(device.leased_bytes), "" if device.leased_bytes else "dim"),
         Text(format_memory(device.usable_bytes)),
-        Text(NONE if device.used_bytes is None else format_memory(device.used_bytes), "" if device.used_bytes else "dim"),
+        Text(
+            NONE if device.used_bytes is None else format_memory(device.used_bytes), "" if device.used_bytes else "dim"
+        ),
         Text(", ".join(notes), "" if device.healthy else "red"),
     )
 

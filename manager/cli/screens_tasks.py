@@ -58,15 +58,13 @@ def task_table(tasks: Sequence[TaskSummary], now: dt.datetime | None = None) -> 
     if not tasks:
         return Text("No tasks. Submit one: rocyard submit --memory 1GiB --wait echo '{\"x\": 1}'")
     now = now or dt.datetime.now(dt.UTC)
-    tenants = len({task.tenant for task in tasks}) > 1
-    table = plain_table("TASK", "STATUS", "FUNCTION", *(["TENANT"] if tenants else []), "NODE", "AGE", "TOOK")
+    table = plain_table("TASK", "STATUS", "FUNCTION", "NODE", "AGE", "TOOK")
     table.columns[0].min_width = 26
     for task in tasks:
         cells = [
             Text(task.task_id),
             Text(task.status, STYLES[task.status]),
             Text(one_line(task.function, 24)),
-            *([Text(one_line(task.tenant, 16))] if tenants else []),
             Text(one_line(task.node or NONE, 20)),
             Text(ago(task.created_at, now).removesuffix(" ago")),
             Text(span(task.started_at, task.finished_at)),
@@ -78,7 +76,11 @@ def task_table(tasks: Sequence[TaskSummary], now: dt.datetime | None = None) -> 
 def task_screen(task: TaskView) -> RenderableType:
     """All about one task."""
     counted = [(task.failures, "failure"), (task.crashes, "crash"), (task.losses, "loss")]
-    blame = ", ".join(count(number, noun).replace("crashs", "crashes").replace("losss", "losses") for number, noun in counted if number)
+    blame = ", ".join(
+        count(number, noun).replace("crashs", "crashes").replace("losss", "losses")
+        for number, noun in counted
+        if number
+    )
     pairs: list[tuple[str, RenderableType]] = [
         ("task", Text(task.task_id)),
         ("status", Text(task.status + (" (cancelling)" if _cancelling(task) else ""), STYLES[task.status])),

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 LISTED: Final = 20
 """Tasks that `rocyard tasks` shows: a screenful."""
 
+_tenant = click.option("--tenant", help="Whose it is, where it is another tenant's (admin keys).")
+
 
 @command("submit", client=True)
 @click.argument("function")
 @click.argument("args", default="{}")
-@click.option("-m", "--memory", metavar="SIZE", help="Memory on each device, such as 24GiB; else the function's default.")
+@click.option(
+    "-m", "--memory", metavar="SIZE", help="Memory on each device, such as 24GiB; else the function's default."
+)
 @click.option("-g", "--gpus", type=click.IntRange(min=1), help="Devices, all on one node; else the function's default.")
 @click.option("-p", "--priority", type=click.IntRange(-10, 10), default=0, help="Higher first; 0 if left out.")
 @click.option("--max-attempts", type=click.IntRange(1, 100), default=1, help="Runs it may have if it fails; 1.")
@@ -40,8 +44,8 @@ def submit(
 ) -> int:
     """Submit a task that runs FUNCTION, and print its id.
 
-    ARGS is a JSON object of the function's arguments: as text, @FILE, or - for stdin. 'rocyard functions' lists functions
-    and what they take.
+    ARGS is a JSON object of the function's arguments: as text, @FILE, or - for stdin. 'rocyard functions' lists
+    functions and what they take.
     """
     timeout_s = _timeout(timeout, wait=wait)
     values = read_object(args)
@@ -130,26 +134,28 @@ def tasks(
 
 @command("show", client=True)
 @click.argument("task")
+@_tenant
 @click.option("--args", "with_args", is_flag=True, help="With its arguments.")
-def show(session: Session, *, task: str, with_args: bool) -> int:
+def show(session: Session, *, task: str, tenant: str | None, with_args: bool) -> int:
     """Everything about TASK: where it is in its life, and its result or error."""
     from manager.cli.screens_tasks import task_screen
 
     with session.client() as client:
-        session.emit(client.get(task, with_args=with_args), task_screen)
+        session.emit(client.get(task, with_args=with_args, tenant=tenant), task_screen)
     return Exit.OK
 
 
 @command("logs", client=True)
 @click.argument("task")
-def logs(session: Session, *, task: str) -> int:
+@_tenant
+def logs(session: Session, *, task: str, tenant: str | None) -> int:
     """What TASK has written: its stdout on stdout, its stderr on stderr."""
     import sys
 
     from manager.cli.text import coloured, count
 
     with session.client() as client:
-        log = client.logs(task)
+        log = client.logs(task, tenant=tenant)
     if session.wants_json:
         print_json(log)
         return Exit.OK
@@ -164,18 +170,20 @@ def logs(session: Session, *, task: str) -> int:
 
 @command("explain", client=True)
 @click.argument("task")
-def explain(session: Session, *, task: str) -> int:
+@_tenant
+def explain(session: Session, *, task: str, tenant: str | None) -> int:
     """Why TASK is where it is, and what each node says to it."""
     from manager.cli.screens_tasks import explanation_screen
 
     with session.client() as client:
-        session.emit(client.explain(task), explanation_screen)
+        session.emit(client.explain(task, tenant=tenant), explanation_screen)
     return Exit.OK
 
 
 @command("cancel", client=True)
 @click.argument("tasks", nargs=-1, required=True, metavar="TASK…")
-def cancel(session: Session, *, tasks: tuple[str, ...]) -> int:
+@_tenant
+def cancel(session: Session, *, tasks: tuple[str, ...], tenant: str | None) -> int:
     """End each TASK: at once where it waits, within seconds where it runs."""
     from manager.cli.screens_tasks import cancelled_line
 
@@ -184,7 +192,7 @@ def cancel(session: Session, *, tasks: tuple[str, ...]) -> int:
         answers = []
         for task in tasks:
             try:
-                answers.append(client.cancel(task))
+                answers.append(client.cancel(task, tenant=tenant))
             except RocyardError as error:
                 if len(tasks) == 1:
                     raise

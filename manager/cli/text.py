@@ -20,7 +20,9 @@ def plain(text: str) -> str:
 
 def coloured(text: str) -> str:
     """As `plain`, but escapes that only set colours stay: programs that write logs do that."""
-    return "".join(part if _COLOUR.fullmatch(part) else plain(part.replace("\r\n", "\n")) for part in _COLOUR.split(text))
+    return "".join(
+        part if _COLOUR.fullmatch(part) else plain(part.replace("\r\n", "\n")) for part in _COLOUR.split(text)
+    )
 
 
 def one_line(text: str, width: int = 200) -> str:

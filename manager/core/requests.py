@@ -36,6 +36,11 @@ Arguments = Annotated[
 TaskId = Annotated[str, msgspec.Meta(description="26 characters, 0-9 and a-z; sorts by the time it was made.")]
 
 
+def no_arguments() -> msgspec.Raw:
+    """An empty JSON object."""
+    return msgspec.Raw(b"{}")
+
+
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What comes from outside: unknown fields are refused."""
 
@@ -65,7 +70,7 @@ class TaskRequest(Request, frozen=True):
     """
 
     function: Annotated[str, msgspec.Meta(min_length=1, max_length=200, examples=["echo"])]
-    args: Arguments = msgspec.Raw(b"{}")
+    args: Arguments = msgspec.field(default_factory=no_arguments)
     resources: ResourceRequest = ResourceRequest()
     priority: Priority = 0
     max_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1

@@ -69,9 +69,6 @@ def main(argv: list[str]) -> None:
         os._exit(1)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file of a GPU process takes minutes to write
-    # pathlib would cost 5 ms of every start, so this program does without.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123
-        file.write(str(_OOM_SCORE))
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     guard_pid = os.getpid()
     child = os.fork()
@@ -81,6 +78,9 @@ def main(argv: list[str]) -> None:
     if os.getppid() != guard_pid:
         os._exit(1)
     os.setpgid(0, 0)
+    # pathlib would cost 5 ms of every start, so this program does without.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123
+        file.write(str(_OOM_SCORE))
     os.close(agent)
     os.close(options.pulse_fd)
     sys.argv[1:] = []

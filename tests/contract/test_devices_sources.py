@@ -259,9 +259,8 @@ async def test_a_killed_child_is_replaced_after_a_pause(rig):
         assert (await prober.probe()).complete
 
 
+@pytest.mark.parametrize("rig", ["amd", "nvidia"], indirect=True)
 async def test_pids_that_mean_other_processes_here_are_not_attributed(rig):
-    if rig.kind == "simulated":
-        pytest.skip("simulated devices know their own processes")
     rig.set(0, processes=[(OWN, GIB)])
     async with probing(rig, match_pids=False) as prober:
         first, _ = await read(prober)

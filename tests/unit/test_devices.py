@@ -1,6 +1,7 @@
 """The pure half of the device interface: readings to be believed, names, fleets, what stands in for a failed look."""
 
 import math
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -318,8 +319,13 @@ def test_a_fleet_of_two_groups():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_can_be_simulated(name):
-    assert parse_fleet(f"1x1:{name}")[0].devices[0].memory_bytes == MODELS[name].memory_bytes
+def test_every_model_can_be_simulated_and_is_documented(name):
+    model = MODELS[name]
+    assert parse_fleet(f"1x1:{name}")[0].devices[0].memory_bytes == model.memory_bytes
+    docs = (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8")
+    row = next(line for line in docs.splitlines() if line.startswith(f"| `{name}` |"))
+    assert f"{model.memory_bytes // GIB} GiB" in row
+    assert row.endswith(f"{model.architecture} |")
 
 
 @pytest.mark.parametrize(

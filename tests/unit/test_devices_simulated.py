@@ -199,7 +199,13 @@ def test_state_outlives_a_restart_of_the_source(visible, tmp_path):
 
 def test_holding_without_devices_says_so(monkeypatch):
     monkeypatch.delenv("ROCYARD_SIMULATED_DEVICES", raising=False)
-    with pytest.raises(DeviceMemoryError, match=r"needs torch|sees no device"), hold(1):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DeviceMemoryError, match="needs torch"), hold(1):
+        pass
+    none = StubTorch()
+    none.device_count = lambda: 0
+    monkeypatch.setitem(sys.modules, "torch", none)
+    with pytest.raises(DeviceMemoryError, match="sees no device"), hold(1):
         pass
 
 

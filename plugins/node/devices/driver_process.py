@@ -61,16 +61,17 @@ class DriverProcess:
             NoAnswerError: it ended, or answered what is no answer.
         """
         self._number += 1
-        try:
+        with contextlib.suppress(ConnectionError):  # it has ended; why stands below
             self._questions.write(pack(Ask(self._number, known)))
             await self._questions.drain()
+        try:
             while data := await self._answers.read(65536):
                 for body in self._frames.feed(data):
                     answer = msgspec.msgpack.decode(body, type=Answer)
                     if answer.number == self._number:
                         self.answered = True
                         return answer.probe
-        except (ConnectionError, ValueError, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.DecodeError) as error:
             raise NoAnswerError(f"the device prober cannot be understood: {type(error).__name__}: {error}") from error
         await self._drain
         code = await self._process.wait()

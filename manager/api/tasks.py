@@ -1,0 +1,318 @@
+"""Routes of tasks: submit, read, wait, list, cancel, result, logs, explain.
+
+Handlers parse, call and encode. Every read names its tenant, and what belongs to another one does not exist.
+"""
+
+from typing import Final
+
+import msgspec
+
+from manager.api.body import batch_request, task_request
+from manager.api.cursors import decode_cursor, encode_cursor
+from manager.api.ends import Ends
+from manager.api.exchange import Call, Reply
+from manager.api.functions import FunctionUnavailable, Functions
+from manager.api.operations import Operation, Parameter
+from manager.api.problems import NotFinished, TaskCancelled, TaskFailed
+from manager.api.query import one_of, parse_query, wait_s, whole_number, yes_or_no
+from manager.api.submissions import refuse_infeasible, submission_of
+from manager.api.watch import ClusterWatch
+from manager.core.errors import (
+    BadRequest,
+    Forbidden,
+    FunctionNotFound,
+    Infeasible,
+    InvalidArguments,
+    NotFound,
+    QuotaExceeded,
+    StoreFull,
+    TooLarge,
+    UnsupportedMediaType,
+)
+from manager.core.explain import Explanation, explain
+from manager.core.ids import is_id, new_id
+from manager.core.lifecycle import FINAL, TaskStatus
+from manager.core.model import Submission, TaskRecord
+from manager.core.requests import (
+    PAGE_MAX,
+    Accepted,
+    BatchAccepted,
+    BatchRequest,
+    Cancelled,
+    KeyScope,
+    TaskLog,
+    TaskPage,
+    TaskRequest,
+    TaskView,
+    summary_of,
+    view_of,
+)
+from manager.keys import is_tenant
+from manager.settings import Settings
+from manager.store import Store
+
+PAGE: Final = 100
+"""Tasks of a page unless asked otherwise."""
+
+_encode = msgspec.json.Encoder().encode
+_STATUSES: Final = tuple(status.value for status in TaskStatus)
+_TENANT: Final = Parameter("tenant", "Another tenant's; only for admin keys.")
+_GET: Final = ("wait", "args", "tenant")
+_LIST: Final = ("status", "function", "limit", "cursor", "tenant")
+_ONE: Final = ("tenant",)
+_NOT_THERE: Final = "There is no such task."
+
+
+class TaskRoutes:
+    """What the routes of tasks need.
+
+    Args:
+        store: the process's connection.
+        settings: limits.
+        functions, watch, ends: what the process knows.
+    """
+
+    def __init__(self, store: Store, settings: Settings, functions: Functions, watch: ClusterWatch, ends: Ends) -> None:
+        self._store = store
+        self._settings = settings
+        self._functions = functions
+        self._watch = watch
+        self._ends = ends
+
+    # --- submission ---------------------------------------------------------------------------------------------
+
+    async def submit(self, call: Call) -> Reply:
+        """Accept one task. This is half of the hot path: what can be known beforehand is."""
+        body = await call.json_body(self._settings.api.body_bytes_max)
+        parse_query(call.query, ())
+        request, args = task_request(body)
+        submission = await self._checked(request, args, call.key.tenant, "")
+        await self._accept(call.key.tenant, [submission])
+        task_id = submission.task_id
+        return Reply(
+            202,
+            b'{"task_id":"%b","status":"QUEUED"}' % task_id.encode(),
+            [(b"location", b"/v1/tasks/" + task_id.encode())],
+        )
+
+    async def submit_batch(self, call: Call) -> Reply:
+        """Accept tasks, all or none."""
+        body = await call.json_body(self._settings.api.body_bytes_max)
+        parse_query(call.query, ())
+        tenant = call.key.tenant
+        submissions = [
+            await self._checked(request, args, tenant, f"tasks[{number}].")
+            for number, (request, args) in enumerate(batch_request(body))
+        ]
+        await self._accept(tenant, submissions)
+        accepted = tuple(Accepted(submission.task_id, TaskStatus.QUEUED) for submission in submissions)
+        return Reply(202, _encode(BatchAccepted(accepted)))
+
+    async def _checked(self, request: TaskRequest, args: dict[str, object], tenant: str, within: str) -> Submission:
+        function = self._functions.known(request.function) or await self._functions.find(request.function)
+        function.check(args, f"{within}args")
+        submission = submission_of(request, function.published, tenant, new_id(), self._settings, within)
+        if (snapshot := self._watch.snapshot) is not None:
+            refuse_infeasible(submission.shape, submission.spec.resources.memory_bytes, snapshot.largest, within)
+        return submission
+
+    async def _accept(self, tenant: str, submissions: list[Submission]) -> None:
+        limits = self._settings.tenants.get(tenant, self._settings.tenant)
+        snapshot = self._watch.snapshot
+        if snapshot is not None:
+            now_ms = snapshot.store_now_ms()
+            for submission in submissions:
+                self._ends.submitting(submission.task_id, tenant, submission.spec, now_ms)
+        try:
+            await self._store.submit(tenant, limits.active_tasks_max, submissions)
+        except BaseException:
+            for submission in submissions:
+                self._ends.forget(submission.task_id)
+            raise
+
+    # --- one task -----------------------------------------------------------------------------------------------
+
+    async def get(self, call: Call) -> Reply:
+        """One task, at once or once it has ended: the other half of the hot path."""
+        query = parse_query(call.query, _GET)
+        task_id, tenant = _addressed(call, query.get("tenant"))
+        if "args" in query and yes_or_no(query, "args"):
+            return Reply(200, _encode(view_of(await self._record(task_id, tenant), with_args=True)))
+        ends = self._ends
+        known = ends.known(task_id, tenant)
+        if known is not None and (body := known.final_body()) is not None:
+            return Reply(200, body)
+        patience_s = wait_s(query["wait"], self._settings.api.wait_s_max) if "wait" in query else 0.0
+        if patience_s > 0:
+            waiter = ends.register(task_id)
+            try:
+                if known is None or not ends.would_have_heard(known):
+                    record = await self._record(task_id, tenant)
+                    if record.status in FINAL:
+                        return self._shown(record)
+                await ends.wait(waiter, patience_s, call.gone)
+            finally:
+                ends.unregister(task_id, waiter)
+            known = ends.known(task_id, tenant)
+            if known is not None and (body := known.final_body()) is not None:
+                return Reply(200, body)
+        return self._shown(await self._record(task_id, tenant))
+
+    async def cancel(self, call: Call) -> Reply:
+        """Ask for a task's end."""
+        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        status = await self._store.cancel(task_id, tenant)
+        if status is None:
+            raise NotFound(_NOT_THERE)
+        asked = status in {TaskStatus.RUNNING, TaskStatus.CANCELLED}
+        return Reply(200, _encode(Cancelled(task_id, status, asked)))
+
+    async def result(self, call: Call) -> Reply:
+        """What the function returned, as it is."""
+        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        record = await self._record(task_id, tenant)
+        match record.status:
+            case TaskStatus.SUCCEEDED:
+                return Reply(200, record.result or b"null")
+            case TaskStatus.FAILED:
+                error = record.error
+                why = f"{error.type}: {error.message[:500]}" if error is not None else "no reason was left"
+                raise TaskFailed(f"The task failed, so it has no result: {why}", task_id=task_id, error=error)
+            case TaskStatus.CANCELLED:
+                raise TaskCancelled(task_id=task_id)
+            case status:
+                raise NotFinished(
+                    f"The task is {status}: ask for it with '?wait=30s', or again later.", task_id=task_id, task_status=status
+                )
+
+    async def logs(self, call: Call) -> Reply:
+        """What the newest attempt has written."""
+        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        await self._record(task_id, tenant)
+        out, err, dropped = await self._store.log(task_id)
+        return Reply(200, _encode(TaskLog(task_id, out.decode(errors="replace"), err.decode(errors="replace"), dropped)))
+
+    async def explain(self, call: Call) -> Reply:
+        """Why the task is where it is."""
+        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        record = await self._record(task_id, tenant)
+        snapshot = await self._watch.fresh()
+        position = None
+        if record.status is TaskStatus.QUEUED:
+            position = await self._store.position(record.shape_id, record.score)
+        now_ms = snapshot.store_now_ms()
+        found = explain(record, snapshot.state, snapshot.index, position, now_ms, snapshot.silent)
+        return Reply(200, _encode(found))
+
+    async def page(self, call: Call) -> Reply:
+        """Tasks of a tenant, newest first."""
+        query = parse_query(call.query, _LIST)
+        tenant = _tenant(call, query.get("tenant"))
+        limit = whole_number(query, "limit", PAGE, 1, PAGE_MAX)
+        status = one_of(query, "status", _STATUSES)
+        filters = (tenant, status, query.get("function", ""))
+        before = decode_cursor(call.key, filters, query["cursor"]) if "cursor" in query else None
+        following, records = await self._store.tasks(
+            tenant, before, limit, TaskStatus(status) if status else None, filters[2]
+        )
+        cursor = None if following is None else encode_cursor(call.key, filters, following)
+        return Reply(200, _encode(TaskPage(tuple(summary_of(record) for record in records), cursor)))
+
+    async def _record(self, task_id: str, tenant: str) -> TaskRecord:
+        record = await self._store.task(task_id)
+        if record is None or record.tenant != tenant:
+            raise NotFound(_NOT_THERE)
+        return record
+
+    def _shown(self, record: TaskRecord) -> Reply:
+        body = _encode(view_of(record))
+        self._ends.keep(record, body)
+        return Reply(200, body)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """The routes."""
+        submit_errors = (
+            *(BadRequest, FunctionNotFound, TooLarge, UnsupportedMediaType, InvalidArguments, Infeasible),
+            *(FunctionUnavailable, QuotaExceeded, StoreFull),
+        )
+        one = "/v1/tasks/{task_id}"
+        wait = Parameter(
+            "wait",
+            "Answer when the task has ended, or after this long: seconds or '30s'. At most the setting api.wait_s_max.",
+        )
+        return (
+            Operation(
+                name="submit_task", method="POST", path="/v1/tasks", access=KeyScope.USER, handler=self.submit,
+                summary="Submit a task. The answer means that it is on disk.",
+                status=202, answer=Accepted, body=TaskRequest, errors=submit_errors,
+            ),
+            Operation(
+                name="submit_batch", method="POST", path="/v1/tasks/batch", access=KeyScope.USER,
+                handler=self.submit_batch, summary="Submit 1 to 500 tasks, all or none.",
+                status=202, answer=BatchAccepted, body=BatchRequest, errors=submit_errors,
+            ),
+            Operation(
+                name="list_tasks", method="GET", path="/v1/tasks", access=KeyScope.READ, handler=self.page,
+                summary="List tasks, newest first.", answer=TaskPage,
+                query=(
+                    Parameter("status", "Only tasks of this status.", choices=_STATUSES),
+                    Parameter("function", "Only tasks of this function."),
+                    Parameter("limit", f"Tasks of one page, 1 to {PAGE_MAX}; {PAGE} unless given.", "integer"),
+                    Parameter("cursor", "Where to go on: `next_cursor` of the page before, with the same filters and key."),
+                    _TENANT,
+                ),
+            ),
+            Operation(
+                name="get_task", method="GET", path=one, access=KeyScope.READ, handler=self.get,
+                summary="Get a task, at once or once it has ended.", answer=TaskView, errors=(NotFound,),
+                query=(wait, Parameter("args", "Whether to show its arguments.", "boolean"), _TENANT),
+            ),
+            Operation(
+                name="cancel_task", method="POST", path=f"{one}/cancel", access=KeyScope.USER, handler=self.cancel,
+                summary="Cancel a task: at once if it waits; a running one is ended within seconds.",
+                answer=Cancelled, errors=(NotFound,), query=(_TENANT,),
+            ),
+            Operation(
+                name="get_result", method="GET", path=f"{one}/result", access=KeyScope.READ, handler=self.result,
+                summary="Get what the function returned, as it is.", answer=msgspec.Raw,
+                errors=(NotFound, NotFinished, TaskFailed, TaskCancelled), query=(_TENANT,),
+            ),
+            Operation(
+                name="get_logs", method="GET", path=f"{one}/logs", access=KeyScope.READ, handler=self.logs,
+                summary="Get what the newest attempt wrote to stdout and stderr.", answer=TaskLog,
+                errors=(NotFound,), query=(_TENANT,),
+            ),
+            Operation(
+                name="explain_task", method="GET", path=f"{one}/explain", access=KeyScope.READ, handler=self.explain,
+                summary="Explain why a task is where it is, with a verdict for each node.", answer=Explanation,
+                errors=(NotFound,), query=(_TENANT,),
+            ),
+        )  # fmt: skip
+
+
+def _tenant(call: Call, asked: str | None) -> str:
+    """Whose tasks are meant.
+
+    Raises:
+        Forbidden: another tenant's, and the key is no admin's.
+    """
+    own = call.key.tenant
+    if asked is None or asked == own:
+        return own
+    if not call.key.may(KeyScope.ADMIN):
+        raise Forbidden("Only an admin key may name another tenant.")
+    if not is_tenant(asked):
+        raise BadRequest(f"tenant: {asked[:80]!r} cannot name one.", field="tenant")
+    return asked
+
+
+def _addressed(call: Call, asked_tenant: str | None) -> tuple[str, str]:
+    """The task and the tenant that are meant.
+
+    Raises:
+        NotFound: the id cannot be one of ours.
+    """
+    task_id = call.params["task_id"]
+    if not is_id(task_id):
+        raise NotFound(_NOT_THERE)
+    return task_id, call.key.tenant if asked_tenant is None else _tenant(call, asked_tenant)
