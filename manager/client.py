@@ -14,6 +14,7 @@ import httpx
 import msgspec
 
 from manager.client_address import ClusterAddress
+from manager.client_answers import FunctionAnswers, TaskAnswer
 from manager.client_errors import TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_wire import Wire, segment
 from manager.core import requests as rest
@@ -185,7 +186,7 @@ class Client:
             tenant: whose it is, where it is another one's; for admins. So for the calls below.
         """
         query = {"args": "true"} if with_args else {}
-        return self._wire.get(_path(task), rest.TaskView, query | _of(tenant))
+        return self._wire.get(_path(task), TaskAnswer, query | _of(tenant))
 
     def wait(self, task: TaskLike, timeout_s: float | None = None, *, tenant: str | None = None) -> rest.TaskView:
         """The task once it has ended, well or badly. Goes on over restarts of the API.
@@ -198,7 +199,7 @@ class Client:
             left_s = max(end_s - time.monotonic(), 0.0)
             step_s = min(WAIT_STEP_S, left_s)
             query = {"wait": f"{step_s:.3f}"} | _of(tenant)
-            view = self._wire.get(_path(task), rest.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
+            view = self._wire.get(_path(task), TaskAnswer, query, step_s, min(WAIT_PATIENCE_S, left_s))
             if view.status in FINAL:
                 return view
             if time.monotonic() >= end_s:
@@ -257,7 +258,7 @@ class Client:
 
     def functions(self) -> tuple[rest.FunctionView, ...]:
         """What tasks may name."""
-        return self._wire.get("/v1/functions", rest.FunctionList).functions
+        return self._wire.get("/v1/functions", FunctionAnswers).functions
 
     def workers(self) -> tuple[rest.WorkerView, ...]:
         """Nodes with their devices."""

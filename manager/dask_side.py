@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-import dask
 import msgspec
+from dask.base import annotate
 from distributed import Client, fire_and_forget
 
 from manager.core.shapes import Shape, encode_shape
@@ -90,7 +90,7 @@ class DaskSide:
         """Submit a slot's task; `node` is the only one that it may go to, where it has lived before."""
         client = await self._connected()
         wanted = {"slot": slot_id, "shape": encode_shape(shape).decode(), "node": node}
-        with dask.annotate(gpu=wanted):
+        with annotate(gpu=wanted):
             future = client.submit(self.run_slot, slot_id, key=SLOT_KEY_PREFIX + slot_id, pure=False)
         fire_and_forget(future)
         future.release()

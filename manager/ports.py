@@ -30,7 +30,7 @@ def holder(port: int) -> str:
     except psutil.AccessDenied:
         return "a process that may not be seen"
     for connection in connections:
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
             try:
                 command = " ".join(psutil.Process(connection.pid).cmdline())[:80]
             except psutil.Error:

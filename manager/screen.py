@@ -75,7 +75,16 @@ class Screen:
         self.console.print()
         self.console.print(Text.assemble(("Rocyard is up", "bold green"), f"  in {started.seconds:.1f} s · {devices}"))
         self.console.print()
-        self.console.print(_grid([("API", api), ("API docs", f"{api}/docs"), ("Dask dashboard", f"{dashboard}/status"), ("metrics", f"{api}/metrics  {dashboard}/metrics")]))
+        self.console.print(
+            _grid(
+                [
+                    ("API", api),
+                    ("API docs", f"{api}/docs"),
+                    ("Dask dashboard", f"{dashboard}/status"),
+                    ("metrics", f"{api}/metrics  {dashboard}/metrics"),
+                ]
+            )
+        )
         self.console.print()
         roles = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
         for title in ("process", "pid", "what it does"):
@@ -85,13 +94,17 @@ class Screen:
         self.console.print(roles)
         self.console.print()
         if started.admin_key:
-            body = Text.assemble((started.admin_key, "bold"), "\nshown once; this machine's CLI reads it from client.json")
+            body = Text.assemble(
+                (started.admin_key, "bold"), "\nshown once; this machine's CLI reads it from client.json"
+            )
             self.console.print(Panel.fit(body, title="admin key", title_align="left", border_style="yellow"))
         key = started.admin_key or "$ROCYARD_API_KEY"
         self.console.print("try next", style="bold")
         self.console.print("  rocyard submit --memory 24GiB --wait echo '{\"x\": 1}'")
-        self.console.print(f"  curl -s {api}/v1/tasks -H 'Authorization: Bearer {key}' \\\n"
-                           "    -H 'Content-Type: application/json' -d '{\"function\": \"echo\", \"args\": {\"x\": 1}}'")
+        self.console.print(
+            f"  curl -s {api}/v1/tasks -H 'Authorization: Bearer {key}' \\\n"
+            '    -H \'Content-Type: application/json\' -d \'{"function": "echo", "args": {"x": 1}}\''
+        )
         self.console.print()
         self.console.print(f"state and logs: {started.directory} · Ctrl-C stops everything", style="dim")
 

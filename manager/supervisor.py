@@ -24,6 +24,7 @@ from manager.children import Child, Command
 from manager.core.devices import parse_fleet
 from manager.core.errors import RocyardError, StartError, StoreUnavailable
 from manager.core.ids import new_id
+from manager.core.requests import KeyScope
 from manager.keys import create_key, list_keys
 from manager.log import configure_logging, get_logger
 from manager.screen import Screen, Started
@@ -92,7 +93,9 @@ class Supervisor:
         self.screen.started(
             Started(
                 settings=self.settings,
-                store=f"{Path(embedded.program).name} {embedded.version}, port {embedded.port}" if embedded else "given",
+                store=f"{Path(embedded.program).name} {embedded.version}, port {embedded.port}"
+                if embedded
+                else "given",
                 simulated=self._simulates(),
                 nodes=tuple(settings.node.name for settings in nodes),
                 processes=tuple((child.command.name, child.pid or 0) for child in self.children),
@@ -123,7 +126,7 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError):
             key = json.loads(path.read_text())["api_key"]
         if not key or not any(record.revoked_ms is None for record in await list_keys(store)):
-            key, _ = await create_key(store, ADMIN_TENANT, "admin")
+            key, _ = await create_key(store, ADMIN_TENANT, KeyScope.ADMIN)
             shown = key
         api = self.settings.api
         _write_private(path, {"url": f"http://{api.host}:{api.port}", "api_key": key})
@@ -334,4 +337,3 @@ def run_up(settings: Settings, *, simulate: str | None) -> int:
             return asyncio.run(_run(settings, screen))
     finally:
         pid_path.unlink(missing_ok=True)
-

@@ -15,7 +15,7 @@ from typing import Any, Final, ParamSpec
 import msgspec
 from dask._task_spec import Task
 from distributed.diagnostics.plugin import SchedulerPlugin
-from distributed.scheduler import Scheduler, TaskState
+from distributed.scheduler import Recs, Scheduler, TaskState
 
 from manager.core.shapes import Shape
 from manager.log import get_logger
@@ -55,7 +55,7 @@ def _guarded(hook: Callable[P, None]) -> Callable[P, None]:
     return call
 
 
-class PlacementPlugin(SchedulerPlugin):  # type: ignore[misc]
+class PlacementPlugin(SchedulerPlugin):
     """Places slots. One per scheduler."""
 
     name = "rocyard-placement"
@@ -95,7 +95,7 @@ class PlacementPlugin(SchedulerPlugin):  # type: ignore[misc]
         if request is None:
             message = str(GpuAnnotationRefused.__doc__)
             task.run_spec = Task(key, _refuse, message)
-            task.annotations = {name: value for name, value in task.annotations.items() if name != "gpu"}
+            task.annotations = {name: value for name, value in (task.annotations or {}).items() if name != "gpu"}
             log.warning("gpu_annotation_refused", key=str(key))
             return
         _restrict(task, SENTINEL)
@@ -167,7 +167,7 @@ class PlacementPlugin(SchedulerPlugin):  # type: ignore[misc]
                 if (view := self.ledger.index.nodes.get(node)) is not None:
                     view.reachable = worker is not None and worker in self.scheduler.running
             assignments = self.ledger.decide(time.monotonic())
-            recommendations = {}
+            recommendations: Recs = {}
             for assignment in assignments:
                 self._grant(assignment, recommendations)
             if recommendations:
@@ -179,7 +179,7 @@ class PlacementPlugin(SchedulerPlugin):  # type: ignore[misc]
             HOOK_ERRORS.labels(hook="pump").inc()
             log.exception("hook_failed", hook="pump")
 
-    def _grant(self, assignment: Assignment, recommendations: dict[Any, str]) -> None:
+    def _grant(self, assignment: Assignment, recommendations: Recs) -> None:
         key = SLOT_KEY_PREFIX + assignment.slot_id
         task = self.scheduler.tasks.get(key)
         if task is None or task.state not in ("no-worker", "waiting", "released"):
@@ -200,7 +200,9 @@ class PlacementPlugin(SchedulerPlugin):  # type: ignore[misc]
         task = self.scheduler.tasks.get(key)
         if task is not None and task.state in ("processing", "waiting"):
             PLACEMENTS.labels(result="placed").inc()
-            log.info("slot_placed", slot=assignment.slot_id, node=assignment.grant.node, devices=assignment.grant.devices)
+            log.info(
+                "slot_placed", slot=assignment.slot_id, node=assignment.grant.node, devices=assignment.grant.devices
+            )
             return
         PLACEMENTS.labels(result="returned").inc()
         self.ledger.index.free(assignment.slot_id, time.monotonic())

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 
-import dask
+import dask.config
 from distributed.scheduler import Scheduler
 
 from manager.core.errors import StartError

@@ -33,7 +33,7 @@ def _refuse_unplaced() -> None:
     raise GpuWorkNotPlaced(GpuWorkNotPlaced.__doc__)
 
 
-class RocyardWorkerPlugin(WorkerPlugin):  # type: ignore[misc]
+class RocyardWorkerPlugin(WorkerPlugin):
     """One per Dask worker. Holds the agent's last news for Dask's metrics and heartbeats.
 
     Args:
@@ -70,7 +70,9 @@ class RocyardWorkerPlugin(WorkerPlugin):  # type: ignore[misc]
         if self.worker is None or finish not in ("ready", "executing", "constrained"):
             return
         task = self.worker.state.tasks.get(key)
-        annotations = task.annotations if task is not None else None
+        if task is None:
+            return
+        annotations = task.annotations
         if annotations and "gpu" in annotations and assigned_of(annotations) is None:
             task.run_spec = Task(key, _refuse_unplaced)
             log.error("gpu_work_refused", key=str(key), reason="NotPlaced")

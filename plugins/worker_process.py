@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 
-import dask
+import dask.config
 import msgspec
 from distributed.worker import Worker
 
@@ -50,7 +50,7 @@ async def run(config: WorkerConfig) -> None:
         memory_limit=0,
         dashboard_address=f"{config.host}:0",
         dashboard=True,
-        plugins=[plugin],
+        plugins=(plugin,),
     )
     attach(worker, plugin)
     loop = asyncio.get_running_loop()

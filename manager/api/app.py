@@ -127,7 +127,9 @@ class Api(Litestar):
             call = Call(scope, receive, {"task_id": path[10:]})
             await (await self.answer(self._get, call))(scope, receive, send)
         elif method not in METHODS:
-            await problem_reply(problems.MethodNotAllowed(f"{method[:20]} is not used here."), path)(scope, receive, send)
+            await problem_reply(problems.MethodNotAllowed(f"{method[:20]} is not used here."), path)(
+                scope, receive, send
+            )
         else:
             await super().__call__(scope, receive, send)  # type: ignore[arg-type]  # the same, by Litestar's own names
 
@@ -233,7 +235,9 @@ async def _forever(name: str, step: Callable[[], Awaitable[object]], pause_s: fl
         except Exception as error:  # the top of a loop
             metrics.LOOP_ERRORS.labels(name).inc()
             if not failing:
-                log.warning("a loop fails", loop=name, error=str(error), exc_info=not isinstance(error, StoreUnavailable))
+                log.warning(
+                    "a loop fails", loop=name, error=str(error), exc_info=not isinstance(error, StoreUnavailable)
+                )
             failing = True
         await asyncio.sleep(pause_s)
 

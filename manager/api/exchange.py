@@ -35,7 +35,9 @@ BASE_HEADERS: Final[Headers] = [
 ]
 _WANTED: Final = frozenset({b"authorization", b"content-type", b"content-encoding", b"content-length", b"x-request-id"})
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9-]{1,64}")
-_JSON_TYPES: Final = frozenset({b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"})
+_JSON_TYPES: Final = frozenset(
+    {b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"}
+)
 _NOTHING: Final[Mapping[str, str]] = {}
 
 _process = os.urandom(4).hex()
@@ -127,9 +129,7 @@ class Reply:
 
     __slots__ = ("body", "content_type", "headers", "request_id", "status")
 
-    def __init__(
-        self, status: int, body: bytes, headers: Headers | None = None, content_type: bytes = JSON
-    ) -> None:
+    def __init__(self, status: int, body: bytes, headers: Headers | None = None, content_type: bytes = JSON) -> None:
         self.status = status
         self.body = body
         self.headers = headers

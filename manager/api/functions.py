@@ -139,7 +139,9 @@ def _compiled(blob: bytes) -> Function:
             pattern_options=jsonschema_rs.RegexOptions(),  # linear time, whatever the pattern
         )
     except (ValueError, jsonschema_rs.ValidationError) as error:
-        broken = msgspec.structs.replace(published, error=f"its schema cannot be used: {str(error)[:MESSAGE_CHARS_MAX]}")
+        broken = msgspec.structs.replace(
+            published, error=f"its schema cannot be used: {str(error)[:MESSAGE_CHARS_MAX]}"
+        )
         return Function(blob, broken, None)
     return Function(blob, published, validator)
 

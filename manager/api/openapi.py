@@ -3,6 +3,7 @@
 Pure. Litestar could make one from handlers' signatures, but ours take the raw call.
 """
 
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any, Final
@@ -16,7 +17,10 @@ from manager.core.requests import Problem
 _REF: Final = "#/components/schemas/{name}"
 _PATH_PARAMETER: Final = re.compile(r"\{([a-z_]+)\}")
 _FIELD: Final = re.compile(r"^(?P<names>[a-z_, ]+): (?P<text>.+)$")
-_WHAT: Final = {"task_id": "A task's id: 26 characters, 0-9 and a-z.", "key_id": "A key's id: the 8 characters after ry_."}
+_WHAT: Final = {
+    "task_id": "A task's id: 26 characters, 0-9 and a-z.",
+    "key_id": "A key's id: the 8 characters after ry_.",
+}
 _SUCCESS: Final = {200: "Success", 201: "Made", 202: "Accepted: it is on disk"}
 
 
@@ -28,6 +32,7 @@ def document(operations: Iterable[Operation], version: str) -> bytes:
         types += [kind for kind in (operation.body, operation.answer) if kind is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     by_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
+    classes = _structs(msgspec.Struct)
     paths: dict[str, dict[str, Any]] = {}
     for operation in listed:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, by_type)
@@ -42,7 +47,7 @@ def document(operations: Iterable[Operation], version: str) -> bytes:
         "tags": [{"name": name} for name in dict.fromkeys(_tag(operation.path) for operation in listed)],
         "paths": paths,
         "components": {
-            "schemas": {name: _described(schema) for name, schema in sorted(components.items())},
+            "schemas": {name: _described(name, schema, classes) for name, schema in sorted(components.items())},
             "securitySchemes": {
                 "key": {
                     "type": "http",
@@ -115,14 +120,21 @@ def _tag(path: str) -> str:
     return parts[1] if parts[0] == "v1" else "health"
 
 
-def _described(schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema` with what a docstring says under ``Attributes:`` moved to the fields."""
-    head, _, fields = str(schema.get("description", "")).partition("\n\nAttributes:\n")
-    if not fields:
+def _described(name: str, schema: dict[str, Any], classes: dict[str, type]) -> dict[str, Any]:
+    """`schema` with what its class and those before it say under ``Attributes:`` moved to the fields."""
+    cls = classes.get(name)
+    if cls is None or not issubclass(cls, msgspec.Struct):
         return schema
-    properties = {name: dict(value) for name, value in schema.get("properties", {}).items()}
+    properties = {field: dict(value) for field, value in schema.get("properties", {}).items()}
+    for base in reversed(cls.__mro__):
+        if base is not msgspec.Struct and issubclass(base, msgspec.Struct):
+            _describe_fields(properties, base)
+    return {**schema, "description": _parts(cls)[0], "properties": properties}
+
+
+def _describe_fields(properties: dict[str, Any], cls: type) -> None:
     names: list[str] = []
-    for line in fields.splitlines():
+    for line in _parts(cls)[1].splitlines():
         match = _FIELD.match(line.strip())
         if match and all(name in properties for name in match.group("names").split(", ")):
             names = match.group("names").split(", ")
@@ -131,4 +143,15 @@ def _described(schema: dict[str, Any]) -> dict[str, Any]:
         else:
             for name in names:
                 properties[name]["description"] += f" {line.strip()}"
-    return {**schema, "description": head, "properties": properties}
+
+
+def _parts(cls: type) -> tuple[str, str]:
+    head, _, fields = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    return head.strip(), fields
+
+
+def _structs(root: type) -> dict[str, type]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _structs(child)
+    return found

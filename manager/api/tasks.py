@@ -182,7 +182,9 @@ class TaskRoutes:
                 raise TaskCancelled(task_id=task_id)
             case status:
                 raise NotFinished(
-                    f"The task is {status}: ask for it with '?wait=30s', or again later.", task_id=task_id, task_status=status
+                    f"The task is {status}: ask for it with '?wait=30s', or again later.",
+                    task_id=task_id,
+                    task_status=status,
                 )
 
     async def logs(self, call: Call) -> Reply:
@@ -190,7 +192,9 @@ class TaskRoutes:
         task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
         await self._record(task_id, tenant)
         out, err, dropped = await self._store.log(task_id)
-        return Reply(200, _encode(TaskLog(task_id, out.decode(errors="replace"), err.decode(errors="replace"), dropped)))
+        return Reply(
+            200, _encode(TaskLog(task_id, out.decode(errors="replace"), err.decode(errors="replace"), dropped))
+        )
 
     async def explain(self, call: Call) -> Reply:
         """Why the task is where it is."""

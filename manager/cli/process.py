@@ -14,7 +14,8 @@ def run_role(role: str, settings: Settings) -> int:
         case "api":
             from manager.api.serve import serve
 
-            return serve(settings)
+            serve(settings)
+            return 0
         case "controller":
             from manager.controller import run as run_controller
             from plugins.slot import run_slot

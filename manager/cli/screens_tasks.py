@@ -97,7 +97,7 @@ def task_screen(task: TaskView) -> RenderableType:
         pairs.insert(5, ("priority", Text(str(task.priority))))
     if not isinstance(task.args, msgspec.UnsetType):
         pairs.append(("arguments", json_text(bytes(task.args))))
-    if task.result is not None:
+    if task.status is TaskStatus.SUCCEEDED and task.result is not None:
         pairs.append(("result", json_text(bytes(task.result))))
     parts: list[RenderableType] = [fields(pairs)]
     if task.error is not None:

@@ -169,9 +169,7 @@ def _verdicts(shape: Shape, index: Index, silent: frozenset[str]) -> tuple[Worke
     return tuple(found for _, found in ranked)
 
 
-def _ranked(
-    shape: Shape, view: NodeView, silent: frozenset[str]
-) -> tuple[tuple[int, int, int, str], WorkerVerdict]:
+def _ranked(shape: Shape, view: NodeView, silent: frozenset[str]) -> tuple[tuple[int, int, int, str], WorkerVerdict]:
     alone = Index()
     alone.nodes[view.name] = view
     if view.name in silent and not view.lost:
@@ -180,7 +178,9 @@ def _ranked(
     if isinstance(place(shape, alone), Placed):
         return (0, 0, 0, view.name), WorkerVerdict(view.name, "Fits", 0, "it fits there now")
     said = verdict(shape, view)
-    found = WorkerVerdict(view.name, said.reason.value, said.short_bytes, _detail(said.reason, said.short_bytes, shape, view))
+    found = WorkerVerdict(
+        view.name, said.reason.value, said.short_bytes, _detail(said.reason, said.short_bytes, shape, view)
+    )
     temporary = said.reason in {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY}
     return (1 if temporary else 2, _HOPE[said.reason] if not temporary else 0, said.short_bytes, view.name), found
 
@@ -230,7 +230,10 @@ def _running(record: TaskRecord, now_ms: int, silent: frozenset[str]) -> tuple[W
     if record.cancel_requested:
         return Why.CANCELLING, f"Its cancellation was asked; {record.node} is ending it."
     if record.started_ms is None:
-        return Why.RUNNING, f"A slot on {record.node} has taken it (attempt {record.attempt}); it starts with its turn there."
+        return (
+            Why.RUNNING,
+            f"A slot on {record.node} has taken it (attempt {record.attempt}); it starts with its turn there.",
+        )
     for_s = format_duration(max(0, now_ms - record.started_ms) / 1000)
     return Why.RUNNING, f"It runs on {record.node} for {for_s} (attempt {record.attempt})."
 

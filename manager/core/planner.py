@@ -94,9 +94,7 @@ def wake_depth(queue: QueueRow, slots: int, limits: Limits) -> int:
     return max(1, int(slots * limits.drain_target_s / max(run_s, 1e-4)))
 
 
-def plan(
-    state: ClusterState, index: Index, held: frozenset[str], vtimes: Mapping[str, float], limits: Limits
-) -> Plan:
+def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mapping[str, float], limits: Limits) -> Plan:
     """What to open and what to close.
 
     Args:

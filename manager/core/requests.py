@@ -33,6 +33,7 @@ Arguments = Annotated[
     msgspec.Raw,
     msgspec.Meta(description="The function's keyword arguments.", extra_json_schema={"type": "object"}),
 ]
+Time = Annotated[dt.datetime, msgspec.Meta(tz=True)]
 TaskId = Annotated[str, msgspec.Meta(description="26 characters, 0-9 and a-z; sorts by the time it was made.")]
 
 
@@ -131,10 +132,10 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     crashes: int = 0
     losses: int = 0
     node: str | None = None
-    created_at: dt.datetime
-    queued_at: dt.datetime | None = None
-    started_at: dt.datetime | None = None
-    finished_at: dt.datetime | None = None
+    created_at: Time
+    queued_at: Time | None = None
+    started_at: Time | None = None
+    finished_at: Time | None = None
     error: TaskError | None = None
 
 
@@ -360,7 +361,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
         problems: what is wrong, each in one sentence; empty where all is well.
     """
 
-    at: dt.datetime
+    at: Time
     cluster_id: str
     version: str
     problems: tuple[str, ...]
@@ -379,8 +380,8 @@ class KeyView(msgspec.Struct, frozen=True, kw_only=True):
     key_id: str
     tenant: str
     scope: KeyScope
-    created_at: dt.datetime
-    revoked_at: dt.datetime | None = None
+    created_at: Time
+    revoked_at: Time | None = None
 
 
 class KeyCreated(KeyView, frozen=True, kw_only=True):

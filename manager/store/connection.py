@@ -87,7 +87,9 @@ class StoreConnection:
             self._options = dict(parse_url(url))
         except ValueError as error:
             scheme = urlsplit(url).scheme or "nothing"
-            raise SettingsError(f"store.url: {error} (its scheme is {scheme!r}; use redis://, rediss:// or unix://)") from None
+            raise SettingsError(
+                f"store.url: {error} (its scheme is {scheme!r}; use redis://, rediss:// or unix://)"
+            ) from None
         self._deadline_s = deadline_s
         self._name = name
         self._on_reconnect = on_reconnect

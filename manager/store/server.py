@@ -7,6 +7,7 @@ an argument list or a configuration file.
 The store is for one machine and listens on loopback. It syncs each write to the disk before it answers.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -170,10 +171,12 @@ def is_ready(url: str) -> bool:
 
 def _server_in(folder: Path) -> int | None:
     """The process id of a server whose working folder, which is where its data are, is `folder`."""
-    for process in psutil.process_iter(["name", "cwd"]):
-        name, cwd = process.info["name"] or "", process.info["cwd"]
-        if name.startswith(("redis", "valkey")) and cwd and Path(cwd) == folder.resolve():
-            return process.pid
+    for process in psutil.process_iter(["name"]):
+        if (process.info["name"] or "").startswith(("redis", "valkey")):
+            # One that ends meanwhile, or is another user's, tells nothing.
+            with contextlib.suppress(psutil.Error, OSError):
+                if Path(process.cwd()) == folder.resolve():
+                    return process.pid
     return None
 
 

@@ -175,9 +175,7 @@ class Store:
 
     # --- slots, for agents --------------------------------------------------------------------------------------
 
-    async def open_slot(
-        self, slot_id: str, node: str, incarnation: str, devices: Sequence[str]
-    ) -> OpenReply:
+    async def open_slot(self, slot_id: str, node: str, incarnation: str, devices: Sequence[str]) -> OpenReply:
         """Open a slot on a node; asking the same incarnation again is adoption."""
         reply = await self._run("ry_open", slot_id, node, incarnation, ",".join(devices))
         return rows.opened(reply)

@@ -31,11 +31,22 @@ from plugins.node.attribution import attribute
 from plugins.node.device_metrics import DeviceMetrics
 from plugins.node.devices.probe import Prober
 from plugins.node.executors import Pulse
-from plugins.node.link import AskBeat, AskReport, Beat, Ended, LiveSlot, OpenSlot, Refused, Report, serve_link
-from plugins.node.link import Answer as LinkAnswer
-from plugins.node.link import Request as LinkRequest
+from plugins.node.link import (
+    Answer,
+    AskBeat,
+    AskReport,
+    Beat,
+    Ended,
+    LiveSlot,
+    OpenSlot,
+    Refused,
+    Report,
+    Request,
+    serve_link,
+)
 from plugins.node.publishing import Functions
-from plugins.node.runner import Ending, SlotContext, SlotRunner
+from plugins.node.runner import SlotRunner
+from plugins.node.slot_executor import Ending, SlotContext
 from plugins.node.slot_environment import SlotEnvironment
 from plugins.node.worker_process_config import worker_config
 from plugins.node.worker_supervisor import WorkerSupervisor, worker_environment
@@ -172,7 +183,9 @@ class Agent:
         while True:
             try:
                 if await self.store.register(self.node, self.incarnation, info):
-                    log.info("agent_registered", node=self.node, incarnation=self.incarnation, devices=len(self.devices))
+                    log.info(
+                        "agent_registered", node=self.node, incarnation=self.incarnation, devices=len(self.devices)
+                    )
                     return
                 self.incarnation = new_id()
             except StoreUnavailable as error:
@@ -233,13 +246,12 @@ class Agent:
                 runner.wake()
             self._beat_now.set()
             return
-        runner = self.runners.get(slot_id)
-        if runner is None:
+        if (told := self.runners.get(slot_id)) is None:
             return
         if word == "cancel":
-            self._spawn(self._cancel(runner))
+            self._spawn(self._cancel(told))
             return
-        runner.wake()
+        told.wake()
         if word == "flag":
             self._beat_now.set()
 
@@ -264,7 +276,7 @@ class Agent:
     def _worker_config(self, generation: int) -> Any:
         return worker_config(self.settings, self.node, self.incarnation, generation, self.socket_path, self.directory)
 
-    async def _answer(self, request: LinkRequest) -> LinkAnswer:
+    async def _answer(self, request: Request) -> Answer:
         if request.generation != self.worker.generation:
             return Refused(f"this worker is of generation {request.generation}, the newest is {self.worker.generation}")
         match request:
@@ -383,7 +395,7 @@ class Agent:
 
     def _take(self, probe: Probe) -> None:
         self.devices = probe.devices or self.devices
-        sessions = {r.session: r.slot_id for r in self.runners.values() if r.session is not None}
+        sessions = {r.work.session: r.slot_id for r in self.runners.values()}
         leases: dict[str, dict[str, int]] = {device.uuid: {} for device in self.devices}
         for runner in self.runners.values():
             for uuid in runner.grant.devices:

@@ -6,9 +6,7 @@ from manager.core.devices import Reading
 from manager.core.model import DeviceUse
 
 
-def attribute(
-    reading: Reading, slot_of: Callable[[int], str | None], leases: Mapping[str, int]
-) -> DeviceUse:
+def attribute(reading: Reading, slot_of: Callable[[int], str | None], leases: Mapping[str, int]) -> DeviceUse:
     """What each slot uses of one device; everything else is foreign.
 
     Args:

@@ -182,6 +182,7 @@ class Executor:
         sys.path += [entry for entry in options.path_last if entry not in sys.path]
         self._socket = socket.socket(fileno=options.socket_fd)
         self._page = mmap.mmap(options.page_fd, mmap.PAGESIZE)
+        os.close(options.page_fd)  # mmap keeps one of its own
         self._reader = wire.FrameReader()
         self._messages: deque[Any] = deque()  # calls and describes that have come and not begun
         self._received = 0

@@ -92,7 +92,7 @@ Request = OpenSlot | AskReport | AskBeat
 Answer = Report | Beat | Ended | Refused
 
 _decode_request = msgspec.msgpack.Decoder(Request).decode
-_decode_answer = msgspec.msgpack.Decoder(Answer).decode
+_decode_answer: Final[Callable[[bytes], Answer]] = msgspec.msgpack.Decoder(Answer).decode
 
 
 class LinkBroken(Exception):

@@ -70,4 +70,3 @@ def run(settings: Settings) -> int:
     configure_logging("node", settings.log)
     uvloop.run(serve(settings))
     return 0
-

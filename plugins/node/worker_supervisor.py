@@ -57,7 +57,7 @@ class WorkerSupervisor:
     async def run(self) -> None:
         """Start, wait, start again, until `stop`."""
         pause_s = PAUSE_S[0]
-        while not self._stopping:
+        while not self._is_stopping():
             self.generation += 1
             began_s = time.monotonic()
             self._heard_s = began_s + STARTING_S_MAX
@@ -65,13 +65,16 @@ class WorkerSupervisor:
                 await self._run_once()
             except OSError as error:
                 log.error("worker_not_started", error=str(error))
-            if self._stopping:
+            if self._is_stopping():
                 return
             lived_s = time.monotonic() - began_s
             pause_s = PAUSE_S[0] if lived_s > STEADY_S else min(PAUSE_S[1], pause_s * 2)
             PROCESS_RESTARTS.labels(process="worker").inc()
             log.warning("worker_exited", generation=self.generation, lived_s=round(lived_s, 3))
             await asyncio.sleep(pause_s)
+
+    def _is_stopping(self) -> bool:
+        return self._stopping
 
     async def _run_once(self) -> None:
         process = await asyncio.create_subprocess_exec(
@@ -125,4 +128,10 @@ def worker_environment(environ: dict[str, str]) -> dict[str, str]:
     """A Dask worker's environment: what any program needs, none of our settings, and no device."""
     kept = {name: value for name, value in environ.items() if not name.startswith(("ROCYARD_", "DASK_"))}
     hidden = {"HIP_VISIBLE_DEVICES": "-1", "CUDA_VISIBLE_DEVICES": "-1", "ROCR_VISIBLE_DEVICES": "-1"}
-    return {**kept, **hidden, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return {
+        **kept,
+        **hidden,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }

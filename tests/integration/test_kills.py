@@ -47,7 +47,9 @@ def test_death_of_a_central_process_interrupts_no_task(cluster: Cluster, role: s
         eventually(lambda: _answers(cluster), 20, "the API")
     _finish(cluster, gate, tasks)
     for task in tasks:
-        assert len(cluster.started(task)) == 1, f"{task.task_id} started twice ({'running' if task in running else 'queued'})"
+        assert len(cluster.started(task)) == 1, (
+            f"{task.task_id} started twice ({'running' if task in running else 'queued'})"
+        )
 
 
 def _answers(cluster: Cluster) -> bool:
@@ -107,9 +109,7 @@ def test_a_frozen_agent_is_fenced_and_its_executors_end(cluster: Cluster) -> Non
     (view,) = cluster.wait_all([task])
     assert view.status is TaskStatus.SUCCEEDED
     assert view.attempt == second["attempt"]
-    eventually(
-        lambda: not any(row.fenced for row in cluster.state().nodes), 20, "the frozen node's new incarnation"
-    )
+    eventually(lambda: not any(row.fenced for row in cluster.state().nodes), 20, "the frozen node's new incarnation")
 
 
 def _owns(row: object, _devices: list[str], pid: int, cluster: Cluster) -> bool:

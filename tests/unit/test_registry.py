@@ -30,7 +30,10 @@ def test_built_in_functions_are_always_there():
 
 def test_settings_win_over_packages_and_both_over_built_in_ones():
     specs = load_functions(
-        {"mine": FunctionSettings(target="settings:f"), "echo": FunctionSettings(target="settings:echo", memory="3GiB")},
+        {
+            "mine": FunctionSettings(target="settings:f"),
+            "echo": FunctionSettings(target="settings:echo", memory="3GiB"),
+        },
         installed=[entry("mine", "package:f"), entry("sleep", "package:sleep"), entry("theirs", "package.sub:f.g")],
     )
     assert specs["mine"].target == "settings:f"
@@ -88,9 +91,7 @@ def test_names(name, fits):
 
 
 def test_an_environment_is_interpreter_and_path():
-    ids = [
-        environment_id(spec(python=python, path=path)) for python in ("", "/a/python") for path in ("", "/x", "/y")
-    ]
+    ids = [environment_id(spec(python=python, path=path)) for python in ("", "/a/python") for path in ("", "/x", "/y")]
     assert ids[0] == "default"
     assert len(set(ids)) == len(ids)
     assert environment_id(spec(name="g", target="other:g", path="/x")) == ids[1]

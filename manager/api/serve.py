@@ -1,0 +1,172 @@
+"""The API's process: uvicorn with our limits, on one address, ended cleanly by SIGTERM or SIGINT."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Generator
+from typing import Final
+
+import msgspec
+import uvicorn
+import uvloop
+
+from manager import metrics
+from manager.api.app import Api, create_app
+from manager.api.cluster import VERSION
+from manager.api.protocol import LimitedProtocol
+from manager.core.errors import SettingsError, StartError, StoreUnavailable
+from manager.log import configure_logging, get_logger
+from manager.settings import Settings
+from manager.store import Store
+from manager.store.store import connect
+
+GRACE_S: Final = 10
+"""How long requests in hand may take after SIGTERM; those that wait for a task are answered at once."""
+KEEP_ALIVE_S: Final = 5
+BACKLOG: Final = 512
+REGISTER_S: Final = 30.0
+"""The record of this process is written again this often, so that a store that was replaced has it."""
+
+log = get_logger("manager.api.serve")
+
+
+class _Service(msgspec.Struct, frozen=True):
+    """Where this process is."""
+
+    pid: int
+    host: str
+    url: str
+    metrics_url: str
+    version: str
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which lets waiting requests go before it counts on them to end.
+
+    Args:
+        api: the application.
+        listener: a bound socket.
+    """
+
+    def __init__(self, api: Api, listener: socket.socket) -> None:
+        self.api = api
+        self.listener = listener
+        super().__init__(
+            uvicorn.Config(
+                api,
+                http=LimitedProtocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=GRACE_S,
+                backlog=BACKLOG,
+            )
+        )
+
+    async def run_until_stopped(self) -> None:
+        """Serve until `should_exit` is set."""
+        await self.serve(sockets=[self.listener])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End: no new connections, then what is in hand."""
+        self.api.ends.release()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are `serve`'s: uvicorn would raise them again afterwards, and a clean end would look like a kill."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        StartError: the address cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"api.host: {host!r} is no address of this machine: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"the API cannot listen on {host}:{port}: {error.strerror} (api.port)", host=host, port=port) from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where the API answers."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def build_server(settings: Settings, listener: socket.socket) -> Server:
+    """The server, not yet running.
+
+    Raises:
+        SettingsError: no store is set.
+    """
+    url = settings.store.url.value
+    if not url:
+        raise SettingsError("store.url is not set: 'rocyard up' starts a store and sets it for the parts that it starts")
+    # The store's functions are sent twice before a failure is told: two halves keep within the deadline.
+    deadline_s = settings.store.deadline_s / 2
+
+    def connected(name: str) -> Store:
+        return connect(url, deadline_s, name, on_reconnect=metrics.STORE_RECONNECTS.inc)
+
+    return Server(create_app(settings, connected), listener)
+
+
+async def run(settings: Settings, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends at once."""
+    server = build_server(settings, listener)
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    registering = asyncio.create_task(_keep_registered(server.api.store, url_of(listener)))
+    try:
+        await server.run_until_stopped()
+    finally:
+        registering.cancel()
+
+
+def serve(settings: Settings) -> None:
+    """Run the API in this process until it is asked to end.
+
+    Raises:
+        StartError: the address cannot be had.
+        SettingsError: no store is set.
+    """
+    configure_logging("api", settings.log)
+    listener = bind(settings.api.host, settings.api.port)
+    log.info("the API starts", url=url_of(listener))
+    with contextlib.closing(listener):
+        uvloop.run(run(settings, listener))
+    log.info("the API has ended")
+
+
+async def _keep_registered(store: Store, url: str) -> None:
+    host = socket.gethostname()
+    record = _Service(os.getpid(), host, url, f"{url}/metrics", VERSION)
+    while True:
+        with contextlib.suppress(StoreUnavailable):
+            await store.put_service(f"api:{host}:{url.rpartition(':')[2]}", msgspec.json.encode(record))
+        await asyncio.sleep(REGISTER_S)

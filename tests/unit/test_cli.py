@@ -1,0 +1,296 @@
+"""Commands against a server that is a function: what they print where, and how they exit."""
+
+import io
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from manager.cli import main as cli
+from manager.cli.exits import Exit
+from manager.cli.session import Session
+from manager.client import Client
+from manager.client_address import ClusterAddress
+from manager.settings import Secret
+
+ID = "01arz3ndektsv4rrffq69g5fav"
+VIEW = {
+    "task_id": ID,
+    "status": "SUCCEEDED",
+    "tenant": "default",
+    "function": "echo",
+    "attempt": 1,
+    "node": "node-1",
+    "created_at": "2026-01-02T03:04:05Z",
+    "started_at": "2026-01-02T03:04:06Z",
+    "finished_at": "2026-01-02T03:04:07.5Z",
+    "memory_bytes": 24 * 2**30,
+    "gpus": 1,
+    "priority": 0,
+    "max_attempts": 1,
+    "time_limit_s": 60.0,
+    "result": {"x": 1},
+}
+FAILED = VIEW | {
+    "status": "FAILED",
+    "result": None,
+    "error": {"type": "ValueError", "message": "no\x1b[2Jway", "traceback": "  File x"},
+}
+SUMMARY = {name: value for name, value in VIEW.items() if name not in {"result", "memory_bytes", "gpus", "priority"}}
+EXPLANATION = {
+    "task_id": ID,
+    "status": "QUEUED",
+    "reason": "InsufficientMemory",
+    "message": "No node has room.",
+    "memory_bytes": 2**30,
+    "gpus": 1,
+    "position": 0,
+    "wait_s": 3.0,
+    "workers": [{"node": "node-1", "verdict": "InsufficientMemory", "short_by_bytes": 1, "detail": "1 B short"}],
+}
+
+
+class Server:
+    """Answers by method and path; anything else is a 404."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, tuple[int, object]] = {}
+        self.seen: list[httpx.Request] = []
+
+    def handle(self, request: httpx.Request) -> httpx.Response:
+        self.seen.append(request)
+        status, body = self.answers.get(
+            f"{request.method} {request.url.path}", (404, {"detail": "There is no such task.", "code": "NotFound"})
+        )
+        if isinstance(body, Exception):
+            raise body
+        return httpx.Response(status, json=body)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    address = ClusterAddress("http://127.0.0.1:1", Secret("ry_secret"), "a test")
+    monkeypatch.setattr(Session, "client", lambda _: Client(address, transport=httpx.MockTransport(server.handle)))
+    return server
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys; from manager.cli.main import main, COMMANDS\n"
+        "assert main(['--help']) == 0\n"
+        "print(sorted({'httpx', 'rich', 'dask', 'yaml', 'redis', 'numpy', 'asyncio'} & set(sys.modules)), len(COMMANDS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.splitlines()[-1] == f"[] {len(cli.COMMANDS)}"
+    for name in cli.COMMANDS:
+        assert f"  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_help_page(name, capsys):
+    assert cli.main([name, "--help"]) == Exit.OK
+    assert f"Usage: rocyard {name}" in capsys.readouterr().out
+
+
+def test_submit_prints_the_id_and_nothing_else(server, capsys):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
+    assert cli.main(["submit", "--memory", "24GiB", "--gpus", "2", "echo", '{"x": 1}']) == Exit.OK
+    assert capsys.readouterr().out == f"{ID}\n"
+    assert json.loads(server.seen[0].content) == {
+        "function": "echo",
+        "args": {"x": 1},
+        "resources": {"memory": "24GiB", "gpus": 2},
+    }
+
+
+def test_submit_and_wait_prints_the_result(server, capsys):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
+    server.answers[f"GET /v1/tasks/{ID}"] = (200, VIEW)
+    assert cli.main(["submit", "--wait", "echo", '{"x": 1}']) == Exit.OK
+    assert json.loads(capsys.readouterr().out) == {"x": 1}
+
+
+@pytest.mark.parametrize("options", [["--output", "json"], ["-o", "json"], ["-ojson"], ["--output=json"]])
+def test_as_json_a_waited_task_comes_whole_and_a_failed_one_too(server, capsys, options):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
+    server.answers[f"GET /v1/tasks/{ID}"] = (200, FAILED)
+    assert cli.main(["submit", "--wait", "echo", *options]) == Exit.FAILED
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["error"]["type"] == "ValueError"
+    assert printed.err == ""
+
+
+def test_a_failed_task_tells_why_and_cannot_write_to_the_terminal(server, capsys):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
+    server.answers[f"GET /v1/tasks/{ID}"] = (200, FAILED)
+    assert cli.main(["submit", "--wait", "echo"]) == Exit.FAILED
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "ValueError: no�[2Jway" in printed.err
+    assert "File x" in printed.err
+
+
+def test_a_wait_that_is_over_has_an_exit_code_of_its_own(server):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
+    server.answers[f"GET /v1/tasks/{ID}"] = (200, VIEW | {"status": "RUNNING"})
+    assert cli.main(["submit", "--wait", "--timeout", "0", "echo"]) == Exit.TIMED_OUT
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        pytest.param(["submit", "echo", "{"], "not JSON", id="half an object"),
+        pytest.param(["submit", "echo", "[1]"], "JSON object", id="a list"),
+        pytest.param(["submit", "echo", "[" * 100_000], "not JSON", id="far too deep"),
+        pytest.param(["submit", "echo", "@/no/such/file"], "cannot be read", id="no file"),
+        pytest.param(["submit", "--timeout", "5s", "echo"], "needs --wait", id="timeout without wait"),
+        pytest.param(["submit", "--priority", "99", "echo"], "-10", id="priority out of range"),
+        pytest.param(["tasks", "--status", "WAITING"], "QUEUED", id="no status"),
+        pytest.param(["show", "../keys"], "no id", id="no id"),
+        pytest.param(["sumbit"], "submit", id="a mistyped command"),
+        pytest.param(["status", "--set", "api.port"], "SECTION.KEY=VALUE", id="half a setting"),
+    ],
+)
+def test_wrong_input_is_refused_with_what_would_be_right(server, capsys, args, words):
+    assert cli.main(args) == Exit.USAGE
+    assert words in capsys.readouterr().err
+    assert not server.seen
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (404, "NotFound", Exit.NOT_FOUND),
+        (404, "FunctionNotFound", Exit.NOT_FOUND),
+        (401, "Unauthorized", Exit.NOT_AUTHORISED),
+        (403, "Forbidden", Exit.NOT_AUTHORISED),
+        (422, "Infeasible", Exit.REFUSED),
+        (429, "QuotaExceeded", Exit.REFUSED),
+        (503, "StoreFull", Exit.REFUSED),
+        (422, "InvalidArguments", Exit.USAGE),
+        (400, "BadRequest", Exit.USAGE),
+        (413, "TooLarge", Exit.USAGE),
+        (503, "StoreUnavailable", Exit.UNREACHABLE),
+        (500, "InternalError", Exit.FAILED),
+    ],
+)
+def test_each_refusal_has_its_exit_code(server, capsys, status, code, expected):
+    server.answers["POST /v1/tasks"] = (status, {"detail": "so it is", "code": code, "near": ["echo"]})
+    assert cli.main(["submit", "echo"]) == expected
+    assert "so it is" in capsys.readouterr().err
+    assert cli.main(["submit", "echo", "-o", "json"]) == expected
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert (error["exit"], error["near"]) == (expected, ["echo"])
+
+
+def test_a_cluster_that_does_not_answer(server, capsys):
+    server.answers["GET /v1/workers"] = (0, httpx.ConnectError("refused"))
+    assert cli.main(["workers"]) == Exit.UNREACHABLE
+    assert "rocyard up" in capsys.readouterr().err
+
+
+def test_no_cluster_at_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for variable in ("ROCYARD_URL", "ROCYARD_API_KEY", "ROCYARD_CONFIG"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("ROCYARD_DATA_DIR", str(tmp_path))
+    assert cli.main(["status"]) == Exit.USAGE
+    assert "rocyard up" in capsys.readouterr().err
+
+
+def test_down_where_nothing_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROCYARD_DATA_DIR", str(tmp_path))
+    assert cli.main(["down"]) == Exit.OK
+    assert "no cluster runs" in capsys.readouterr().out
+
+
+def test_a_list_says_when_there_is_more(server, capsys):
+    server.answers["GET /v1/tasks"] = (200, {"tasks": [SUMMARY] * 3, "next_cursor": None})
+    assert cli.main(["tasks", "--limit", "2"]) == Exit.OK
+    printed = capsys.readouterr()
+    assert printed.out.count(ID) == 2
+    assert "2 newest shown" in printed.err
+    assert server.seen[0].url.params["limit"] == "3"
+
+
+def test_a_list_as_json_is_an_array(server, capsys):
+    server.answers["GET /v1/tasks"] = (200, {"tasks": [SUMMARY], "next_cursor": None})
+    assert cli.main(["--output", "json", "tasks"]) == Exit.OK
+    assert [task["task_id"] for task in json.loads(capsys.readouterr().out)] == [ID]
+
+
+def test_show_tells_all_about_a_task(server, capsys):
+    server.answers[f"GET /v1/tasks/{ID}"] = (200, VIEW)
+    assert cli.main(["show", ID]) == Exit.OK
+    out = capsys.readouterr().out
+    for words in ("SUCCEEDED", "24 GiB", "node-1", "took 1.5 s", '{"x":1}'):
+        assert words in out
+
+
+def test_explain_shows_a_verdict_for_each_node(server, capsys):
+    server.answers[f"GET /v1/tasks/{ID}/explain"] = (200, EXPLANATION)
+    assert cli.main(["explain", ID]) == Exit.OK
+    out = capsys.readouterr().out
+    assert "No node has room." in out
+    assert "node-1" in out
+
+
+def test_logs_keep_the_two_streams_apart(server, capsys):
+    server.answers[f"GET /v1/tasks/{ID}/logs"] = (
+        200,
+        {"task_id": ID, "stdout": "out\n", "stderr": "err\n", "dropped_bytes": 7},
+    )
+    assert cli.main(["logs", ID]) == Exit.OK
+    printed = capsys.readouterr()
+    assert printed.out == "out\n"
+    assert printed.err.startswith("err\n")
+    assert "7 bytes" in printed.err
+
+
+def test_cancelling_several_ends_the_others_though_one_is_unknown(server, capsys):
+    other = "01arz3ndektsv4rrffq69g5faw"
+    server.answers[f"POST /v1/tasks/{ID}/cancel"] = (
+        200,
+        {"task_id": ID, "status": "RUNNING", "cancel_requested": True},
+    )
+    assert cli.main(["cancel", other, ID]) == Exit.NOT_FOUND
+    printed = capsys.readouterr()
+    assert printed.out == f"{ID} is being ended\n"
+    assert other in printed.err
+
+
+def test_a_new_key_is_all_that_goes_to_stdout(server, capsys):
+    made = {"key_id": "abcd1234", "tenant": "vision", "scope": "user", "created_at": VIEW["created_at"], "key": "ry_x"}
+    server.answers["POST /v1/keys"] = (201, made)
+    assert cli.main(["keys", "create", "--tenant", "vision"]) == Exit.OK
+    printed = capsys.readouterr()
+    assert printed.out == "ry_x\n"
+    assert "shown this once" in printed.err
+
+
+def test_arguments_come_from_stdin_and_files(server, capsys, monkeypatch, tmp_path):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"x": 2}'))
+    (tmp_path / "args.json").write_text('{"x": 3}')
+    assert cli.main(["submit", "echo", "-"]) == Exit.OK
+    assert cli.main(["submit", "echo", f"@{tmp_path}/args.json"]) == Exit.OK
+    assert [json.loads(request.content)["args"] for request in server.seen] == [{"x": 2}, {"x": 3}]
+
+
+def test_ctrl_c_is_no_error(server, capsys, monkeypatch):
+    def interrupted(_session):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "client", interrupted)
+    assert cli.main(["workers"]) == Exit.INTERRUPTED
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_settings_of_a_process_come_from_its_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["api", "--set", "api.prot=1"]) == Exit.USAGE
+    assert "api.port" in capsys.readouterr().err

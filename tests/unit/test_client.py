@@ -1,0 +1,291 @@
+"""The client against a server that is a function: what it sends, what it tries again, and how answers come out."""
+
+import json
+from collections.abc import Callable
+
+import httpx
+import msgspec
+import pytest
+
+from manager import client_wire
+from manager.client import Client, task_request
+from manager.client_address import ClusterAddress, find_cluster
+from manager.client_errors import (
+    ClusterUnreachable,
+    TaskCancelled,
+    TaskFailed,
+    UnexpectedAnswer,
+    WaitTimeout,
+    error_of,
+)
+from manager.core import errors
+from manager.settings import Secret
+
+Handler = Callable[[httpx.Request], httpx.Response]
+ID = "01arz3ndektsv4rrffq69g5fav"
+VIEW = {
+    "task_id": ID,
+    "status": "SUCCEEDED",
+    "tenant": "default",
+    "function": "echo",
+    "created_at": "2026-01-02T03:04:05Z",
+    "memory_bytes": 2**30,
+    "gpus": 1,
+    "priority": 0,
+    "max_attempts": 1,
+    "time_limit_s": 60.0,
+    "result": {"x": 1},
+}
+
+
+def client_of(handler: Handler) -> Client:
+    address = ClusterAddress("http://127.0.0.1:1", Secret("ry_secret"), "a test")
+    return Client(address, transport=httpx.MockTransport(handler))
+
+
+def answering(*answers: httpx.Response | Exception) -> tuple[Client, list[httpx.Request]]:
+    """A client whose requests get these answers, one after the other; the last one for ever."""
+    seen: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        answer = answers[min(len(seen), len(answers)) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return httpx.Response(answer.status_code, content=answer.content)
+
+    return client_of(handle), seen
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(client_wire.random, "uniform", lambda low, high: 0.0)
+
+
+def test_a_submission_is_what_the_api_takes_with_the_key_in_its_header():
+    client, seen = answering(httpx.Response(202, json={"task_id": ID, "status": "QUEUED"}))
+    task = client.submit("echo", {"x": 1}, memory="24GiB", gpus=2, priority=3, max_attempts=2, time_limit="5m")
+    assert task.task_id == ID
+    assert seen[0].headers["authorization"] == "Bearer ry_secret"
+    assert json.loads(seen[0].content) == {
+        "function": "echo",
+        "args": {"x": 1},
+        "resources": {"memory": "24GiB", "gpus": 2},
+        "priority": 3,
+        "max_attempts": 2,
+        "time_limit": "5m",
+    }
+
+
+def test_what_is_left_out_of_a_submission_is_not_sent():
+    client, seen = answering(httpx.Response(202, json={"task_id": ID, "status": "QUEUED"}))
+    client.submit("echo")
+    assert json.loads(seen[0].content) == {"function": "echo", "args": {}, "resources": {}}
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        pytest.param(422, "Infeasible", errors.Infeasible, id="by code"),
+        pytest.param(404, "FunctionNotFound", errors.FunctionNotFound, id="a code below another"),
+        pytest.param(409, "LastAdminKey", errors.BadRequest, id="an unknown code: by status"),
+        pytest.param(429, "", errors.QuotaExceeded, id="no code: by status"),
+        pytest.param(418, "Teapot", errors.RocyardError, id="nothing known"),
+    ],
+)
+def test_a_refusal_becomes_the_exception_of_its_code_with_the_servers_words(status, code, expected):
+    body = {"detail": "too much", "code": code, "near": ["echo"], "status": status, "instance": "/v1/tasks"}
+    error = error_of(status, json.dumps(body).encode())
+    assert type(error) is expected
+    assert str(error) == "too much"
+    assert error.details == {"near": ["echo"]}
+
+
+def test_a_proxys_error_page_is_shown_as_it_is():
+    assert "nginx" in str(error_of(502, b"<html>nginx</html>"))
+    assert isinstance(error_of(502, b"<html>nginx</html>"), ClusterUnreachable)
+
+
+def test_a_refused_key_says_where_the_key_came_from():
+    client, _ = answering(httpx.Response(401, json={"detail": "No such key.", "code": "Unauthorized"}))
+    with pytest.raises(errors.Unauthorized, match="a test"):
+        client.status()
+
+
+def test_a_get_is_tried_again_while_the_api_restarts():
+    refused = httpx.ConnectError("refused")
+    answer = httpx.Response(200, json={"functions": []})
+    client, seen = answering(answer, refused, httpx.Response(503, json={}), answer)
+    client.functions()
+    assert client.functions() == ()
+    assert len(seen) == 4
+
+
+def test_a_cluster_that_never_answered_is_reported_at_once_with_the_remedy():
+    client, seen = answering(httpx.ConnectError("refused"))
+    with pytest.raises(ClusterUnreachable, match="rocyard up"):
+        client.functions()
+    assert len(seen) == 1
+
+
+def test_a_submission_is_never_sent_twice():
+    client, seen = answering(
+        httpx.Response(200, json={"functions": []}), httpx.ReadTimeout("slow"), httpx.Response(202, json={})
+    )
+    client.functions()
+    with pytest.raises(ClusterUnreachable, match="not known"):
+        client.submit("echo")
+    assert len(seen) == 2
+
+
+def test_waiting_polls_until_the_task_is_final():
+    running = httpx.Response(200, json=VIEW | {"status": "RUNNING"})
+    client, seen = answering(running, running, httpx.Response(200, json=VIEW))
+    assert client.result(ID) == {"x": 1}
+    assert [request.url.params["wait"] for request in seen] == ["20.000"] * 3
+
+
+def test_waiting_ends_with_its_time():
+    client, _ = answering(httpx.Response(200, json=VIEW | {"status": "RUNNING"}))
+    with pytest.raises(WaitTimeout, match="RUNNING"):
+        client.wait(ID, 0)
+
+
+def test_a_failed_task_raises_what_it_died_of():
+    failed = {"status": "FAILED", "result": None, "error": {"type": "ValueError", "message": "no", "traceback": "File x"}}
+    client, _ = answering(httpx.Response(200, json=VIEW | failed))
+    with pytest.raises(TaskFailed, match="ValueError: no") as caught:
+        client.result(ID)
+    assert (caught.value.type, caught.value.message, caught.value.traceback) == ("ValueError", "no", "File x")
+    assert "File x" in caught.value.__notes__[0]
+
+
+def test_a_cancelled_task_has_no_result():
+    client, _ = answering(httpx.Response(200, json=VIEW | {"status": "CANCELLED", "result": None}))
+    with pytest.raises(TaskCancelled):
+        client.result(ID)
+
+
+def _accepting(request: httpx.Request) -> httpx.Response:
+    count = len(json.loads(request.content)["tasks"])
+    return httpx.Response(202, json={"tasks": [{"task_id": ID, "status": "QUEUED"}] * count})
+
+
+def test_many_tasks_go_in_batches_that_the_api_takes():
+    sizes: list[tuple[int, int]] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        sizes.append((len(json.loads(request.content)["tasks"]), len(request.content)))
+        return _accepting(request)
+
+    small = [task_request("echo", {"n": n}) for n in range(1001)]
+    large = [task_request("echo", {"text": "x" * 300_000}) for _ in range(7)]
+    assert len(client_of(handle).submit_many(small + large)) == 1008
+    assert sum(count for count, _ in sizes) == 1008
+    assert all(count <= 500 and size <= 1024 * 1024 for count, size in sizes)
+    assert client_of(handle).submit_many([]) == []
+
+
+def test_a_refused_batch_tells_which_tasks_were_accepted_before_it():
+    answers = iter([None, httpx.Response(429, json={"detail": "full", "code": "QuotaExceeded"})])
+    client = client_of(lambda request: next(answers) or _accepting(request))
+    with pytest.raises(errors.QuotaExceeded) as caught:
+        client.submit_many(task_request("echo") for _ in range(501))
+    assert caught.value.details["accepted"] == [ID] * 500
+
+
+def test_a_list_goes_on_from_page_to_page_until_the_limit():
+    summary = {name: VIEW[name] for name in ("task_id", "status", "tenant", "function", "created_at")}
+    client, seen = answering(httpx.Response(200, json={"tasks": [summary] * 2, "next_cursor": "more"}))
+    assert len(list(client.tasks(status="QUEUED", limit=3))) == 4  # this server gives more than was asked
+    assert [dict(request.url.params) for request in seen] == [
+        {"status": "QUEUED", "limit": "3"},
+        {"status": "QUEUED", "limit": "1", "cursor": "more"},
+    ]
+
+
+@pytest.mark.parametrize("task", ["../keys", "a/b", "", "a?b", "ä"])
+def test_an_id_from_outside_cannot_reach_another_route(task):
+    client, seen = answering(httpx.Response(200, json=VIEW))
+    with pytest.raises(errors.BadRequest):
+        client.get(task)
+    assert not seen
+
+
+def test_an_answer_of_another_version_says_so():
+    client, _ = answering(httpx.Response(200, json={"status": "up"}))
+    with pytest.raises(UnexpectedAnswer, match="version"):
+        client.get(ID)
+
+
+def test_new_fields_in_answers_do_not_matter():
+    client, _ = answering(httpx.Response(200, json=VIEW | {"colour": "green"}))
+    assert client.get(ID).function == "echo"
+
+
+# --- where the cluster is -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "client.json").write_text('{"url": "http://127.0.0.1:8000", "api_key": "ry_local"}')
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "variables", "expected"),
+    [
+        pytest.param(None, {}, ("http://127.0.0.1:8000", "ry_local"), id="the local cluster"),
+        pytest.param("http://127.0.0.1:8000/", {}, ("http://127.0.0.1:8000", "ry_local"), id="the same, by its URL"),
+        pytest.param(None, {"ROCYARD_API_KEY": "k"}, ("http://127.0.0.1:8000", "k"), id="another key"),
+        pytest.param(None, {"ROCYARD_URL": "https://a", "ROCYARD_API_KEY": "k"}, ("https://a", "k"), id="variables"),
+        pytest.param("https://b", {"ROCYARD_URL": "https://a", "ROCYARD_API_KEY": "k"}, ("https://b", "k"), id="arguments win"),
+    ],
+)
+def test_where_the_cluster_is(folder, url, variables, expected):
+    found = find_cluster(url, None, variables | {"ROCYARD_DATA_DIR": folder})
+    assert (found.url, found.api_key.value) == expected
+    assert "ry_" not in repr(found)
+
+
+def test_the_local_key_is_never_sent_to_another_host(folder):
+    with pytest.raises(errors.SettingsError, match="No API key for http://elsewhere"):
+        find_cluster("http://elsewhere", None, {}, folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(None, "rocyard up", id="no file"),
+        pytest.param("{", "damaged", id="half a file"),
+        pytest.param('{"url": "ftp://x", "api_key": "k"}', "no URL", id="no URL of ours"),
+    ],
+)
+def test_what_is_wrong_with_the_local_file_is_said_with_the_remedy(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "client.json").write_text(content)
+    with pytest.raises(errors.SettingsError, match=words):
+        find_cluster(None, None, {}, str(tmp_path))
+
+
+def test_the_public_face_has_what_it_says():
+    import rocyard
+
+    for name in rocyard.__all__:
+        assert getattr(rocyard, name) is not None
+    with pytest.raises(AttributeError):
+        rocyard.progress  # noqa: B018 -- comes with a later issue
+
+
+def test_the_public_client_takes_the_cluster_of_the_environment(folder, monkeypatch):
+    import rocyard
+
+    for variable in ("ROCYARD_URL", "ROCYARD_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("ROCYARD_DATA_DIR", folder)
+    with rocyard.Client() as client:
+        assert client.address.url == "http://127.0.0.1:8000"
+
+
+def test_a_request_encodes_arguments_once():
+    assert bytes(task_request("echo", {"x": [1, None]}).args) == msgspec.json.encode({"x": [1, None]})
