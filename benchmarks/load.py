@@ -28,6 +28,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         path: of the collection; a task is at `path`/ID.
         tasks: how many go all the way round.
         submits: how many are only submitted in the second phase.
+        concurrency: how many clients, each with one task at a time.
+        wait_s: what GET asks the server to wait.
     """
 
     host: str
@@ -55,7 +57,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 class _Answer(msgspec.Struct):
     """The two fields that are read of every answer."""
 
-    id: str = ""
+    task_id: str = ""
     status: str = ""
 
 
@@ -127,7 +129,7 @@ class Load:
         status, body = await connection.ask(self.post)
         if status != 202:
             raise RuntimeError(f"POST answered {status}: {body[:300].decode(errors='replace')}")
-        return _decode(body).id
+        return _decode(body).task_id
 
     async def wait(self, connection: Connection, task_id: str) -> None:
         """Until the task is final."""

@@ -129,7 +129,7 @@ def json_text(raw: bytes) -> Text:
 
 def error_text(error: TaskError) -> RenderableType:
     """Why a task failed."""
-    head = Text.assemble((f"\n{error.type}: ", "bold red"), plain(error.message))
+    head = Text.assemble((f"\n{plain(error.type)}: ", "bold red"), plain(error.message))
     return Group(head, Padding(Text(plain(error.traceback.rstrip()), "dim"), (0, 0, 0, 2))) if error.traceback else head
 
 

@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from manager.core.model import ClusterState, DeviceUse
 from manager.core.devices import Device
+from manager.core.model import ClusterState, DeviceUse
 from manager.core.shapes import Shape
 
 
@@ -58,19 +58,35 @@ class Unplaced(msgspec.Struct, frozen=True, tag="unplaced"):
 
 
 class Pool:
-    """One device's memory. Mutable, owned by `Index`."""
+    """One device's memory. Mutable, owned by `Index`; `free_bytes` is what can be promised now, kept up to date.
 
-    __slots__ = ("changed_s", "foreign_bytes", "healthy", "leases", "reserve_bytes", "total_bytes", "used", "uuid")
+    `free_bytes` is negative where others have taken what was promised, or where room is kept that is not free yet.
+    """
+
+    __slots__ = (
+        "changed_s",
+        "foreign_bytes",
+        "free_bytes",
+        "healthy",
+        "kept",
+        "leases",
+        "reserve_bytes",
+        "total_bytes",
+        "used",
+        "uuid",
+    )
 
     def __init__(self, device: Device, reserve_bytes: int) -> None:
         self.uuid = device.uuid
         self.total_bytes = device.memory_bytes
         self.reserve_bytes = min(reserve_bytes, device.memory_bytes)
         self.leases: dict[str, int] = {}
+        self.kept: dict[str, int] = {}
         self.used: dict[str, int] = {}
         self.foreign_bytes = 0
         self.healthy = True
         self.changed_s = 0.0
+        self.free_bytes = self.usable_bytes
 
     @property
     def usable_bytes(self) -> int:
@@ -83,10 +99,18 @@ class Pool:
         used = self.used
         return sum(max(lease, used.get(slot, 0)) for slot, lease in self.leases.items())
 
-    @property
-    def free_bytes(self) -> int:
-        """What can be promised now; negative where others have taken what was promised."""
-        return self.usable_bytes - self.foreign_bytes - self.promised_bytes
+    def settle(self) -> None:
+        """Bring `free_bytes` up to date; called after each change."""
+        self.free_bytes = self.usable_bytes - self.foreign_bytes - self.promised_bytes - sum(self.kept.values())
+
+    def copy(self) -> "Pool":
+        """The same, to be tried on."""
+        twin = object.__new__(Pool)
+        twin.uuid, twin.total_bytes, twin.reserve_bytes = self.uuid, self.total_bytes, self.reserve_bytes
+        twin.leases, twin.kept, twin.used = self.leases.copy(), self.kept.copy(), self.used.copy()
+        twin.foreign_bytes, twin.healthy, twin.changed_s = self.foreign_bytes, self.healthy, self.changed_s
+        twin.free_bytes = self.free_bytes
+        return twin
 
 
 class NodeView:
@@ -102,13 +126,19 @@ class NodeView:
         self.cordoned = False
         self.lost = False
 
+    @property
+    def placeable(self) -> bool:
+        """Whether anything new may be placed here at all."""
+        return self.reachable and not self.cordoned and not self.lost
+
 
 class Index:
-    """The ledger: which slot has leased what, on which device."""
+    """The ledger: which slot has leased what, on which device; and what room is kept for slots that wait for it."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, NodeView] = {}
         self.grants: dict[str, Grant] = {}
+        self.kept: dict[str, Grant] = {}
 
     def add_node(self, node: str, incarnation: str, devices: Iterable[Device], reserve_bytes: int) -> None:
         """A node as it registers. The same incarnation keeps its leases; another one ends those of its predecessor."""
@@ -120,13 +150,19 @@ class Index:
             known = None
         self.nodes[node] = fresh
         if known is not None:
-            fresh.cordoned = known.cordoned
-            for uuid, pool in known.pools.items():
-                if uuid in fresh.pools:
-                    fresh.pools[uuid].leases = pool.leases
-                    fresh.pools[uuid].used = pool.used
-                    fresh.pools[uuid].foreign_bytes = pool.foreign_bytes
-                    fresh.pools[uuid].changed_s = pool.changed_s
+            fresh.cordoned, fresh.lost, fresh.reachable = known.cordoned, known.lost, known.reachable
+        for uuid, pool in fresh.pools.items():
+            if known is not None and (before := known.pools.get(uuid)) is not None:
+                pool.healthy, pool.changed_s = before.healthy, before.changed_s
+                pool.foreign_bytes, pool.used = before.foreign_bytes, before.used
+            # From the grants, not from the old view: a device may have been away when it was leased.
+            pool.leases = self._on_device(self.grants, node, uuid)
+            pool.kept = self._on_device(self.kept, node, uuid)
+            pool.settle()
+
+    @staticmethod
+    def _on_device(grants: dict[str, Grant], node: str, uuid: str) -> dict[str, int]:
+        return {slot: g.memory_bytes for slot, g in grants.items() if g.node == node and uuid in g.devices}
 
     def remove_node(self, node: str) -> None:
         """A node that is gone for good, with its leases."""
@@ -138,26 +174,44 @@ class Index:
         """Slots with a lease on the node."""
         return [slot for slot, grant in self.grants.items() if grant.node == node]
 
+    def _pools(self, grant: Grant) -> list[Pool]:
+        view = self.nodes.get(grant.node)
+        return [] if view is None else [view.pools[uuid] for uuid in grant.devices if uuid in view.pools]
+
     def lease(self, slot: str, grant: Grant, now_s: float = 0.0) -> None:
         """Promise `grant` to `slot`. A slot that already has a lease keeps exactly that one."""
         if slot in self.grants:
             return
         self.grants[slot] = grant
-        view = self.nodes.get(grant.node)
-        for uuid in grant.devices:
-            if view is not None and uuid in view.pools:
-                view.pools[uuid].leases[slot] = grant.memory_bytes
-                view.pools[uuid].changed_s = now_s
+        for pool in self._pools(grant):
+            pool.leases[slot] = grant.memory_bytes
+            pool.changed_s = max(pool.changed_s, now_s)
+            pool.settle()
 
     def free(self, slot: str, now_s: float = 0.0) -> Grant | None:
         """End the lease of `slot`; None where it had none."""
         grant = self.grants.pop(slot, None)
-        if grant is not None and (view := self.nodes.get(grant.node)) is not None:
-            for uuid in grant.devices:
-                if uuid in view.pools:
-                    view.pools[uuid].leases.pop(slot, None)
-                    view.pools[uuid].used.pop(slot, None)
-                    view.pools[uuid].changed_s = now_s
+        for pool in self._pools(grant) if grant is not None else ():
+            pool.leases.pop(slot, None)
+            pool.used.pop(slot, None)
+            pool.changed_s = max(pool.changed_s, now_s)
+            pool.settle()
+        return grant
+
+    def keep(self, slot: str, grant: Grant) -> None:
+        """Keep the room of `grant`, free or not yet, for `slot`, which waits for it: nobody else is placed into it."""
+        self.unkeep(slot)
+        self.kept[slot] = grant
+        for pool in self._pools(grant):
+            pool.kept[slot] = grant.memory_bytes
+            pool.settle()
+
+    def unkeep(self, slot: str) -> Grant | None:
+        """Keep no room for `slot`; what was kept, None where nothing was."""
+        grant = self.kept.pop(slot, None)
+        for pool in self._pools(grant) if grant is not None else ():
+            pool.kept.pop(slot, None)
+            pool.settle()
         return grant
 
     def observe(self, node: str, use: DeviceUse, read_s: float) -> None:
@@ -176,21 +230,16 @@ class Index:
             known = {slot: max(known.get(slot, 0), pool.used.get(slot, 0)) for slot in known.keys() | pool.used.keys()}
         pool.foreign_bytes = foreign
         pool.used = known
+        pool.settle()
 
     def copy(self) -> "Index":
         """An index that can be tried on."""
         other = Index()
-        other.grants = dict(self.grants)
+        other.grants, other.kept = self.grants.copy(), self.kept.copy()
         for name, view in self.nodes.items():
-            twin = NodeView(name, view.incarnation, (), 0)
+            twin = other.nodes[name] = NodeView(name, view.incarnation, (), 0)
             twin.cordoned, twin.lost, twin.reachable = view.cordoned, view.lost, view.reachable
-            for uuid, pool in view.pools.items():
-                copied = object.__new__(Pool)
-                for field in Pool.__slots__:
-                    setattr(copied, field, getattr(pool, field))
-                copied.leases, copied.used = dict(pool.leases), dict(pool.used)
-                twin.pools[uuid] = copied
-            other.nodes[name] = twin
+            twin.pools = {uuid: pool.copy() for uuid, pool in view.pools.items()}
         return other
 
 
@@ -199,31 +248,37 @@ Demand = tuple[tuple[Shape, float], ...]
 NO_DEMAND: Final[Demand] = ()
 
 
-def place(shape: Shape, index: Index, demand: Demand = NO_DEMAND) -> Placed | Unplaced:
-    """Best fit: the node and devices with the least free memory that still hold the shape; ties by name.
+def place(shape: Shape, index: Index, demand: Demand = NO_DEMAND) -> Placed | Unplaced:  # noqa: ARG001
+    """Best fit (see `find`), or why not.
 
     Args:
         shape: what is asked for.
         index: the ledger; not changed.
-        demand: not read by this policy.
+        demand: part of every policy's signature; this one does not look ahead.
     """
+    grant = find(shape, index)
+    if grant is not None:
+        return Placed(grant)
+    return Unplaced(tuple(verdict(shape, view) for _, view in sorted(index.nodes.items())))
+
+
+def find(shape: Shape, index: Index) -> Grant | None:
+    """Best fit: the node and devices with the least free memory that still hold the shape; ties by name. None: no room."""
+    memory_bytes, gpus = shape.memory_bytes, shape.gpus
     best: tuple[int, str, tuple[str, ...]] | None = None
     for name, view in index.nodes.items():
-        if view.cordoned or view.lost or not view.reachable or len(view.pools) < shape.gpus:
+        if not view.placeable or len(view.pools) < gpus:
             continue
-        fitting = sorted(
-            (free, uuid)
-            for uuid, pool in view.pools.items()
-            if pool.healthy and (free := pool.free_bytes) >= shape.memory_bytes
-        )
-        if len(fitting) >= shape.gpus:
-            chosen = fitting[: shape.gpus]
-            candidate = (sum(free for free, _ in chosen), name, tuple(uuid for _, uuid in chosen))
-            if best is None or candidate < best:
-                best = candidate
-    if best is None:
-        return Unplaced(tuple(verdict(shape, view) for _, view in sorted(index.nodes.items())))
-    return Placed(Grant(best[1], best[2], shape.memory_bytes))
+        fitting = [
+            (pool.free_bytes, pool.uuid) for pool in view.pools.values() if pool.free_bytes >= memory_bytes and pool.healthy
+        ]
+        if len(fitting) < gpus:
+            continue
+        chosen = [min(fitting)] if gpus == 1 else sorted(fitting)[:gpus]
+        candidate = (sum(free for free, _ in chosen), name, tuple(uuid for _, uuid in chosen))
+        if best is None or candidate < best:
+            best = candidate
+    return None if best is None else Grant(best[1], best[2], memory_bytes)
 
 
 def verdict(shape: Shape, view: NodeView) -> Verdict:
@@ -262,8 +317,8 @@ def victims(shape: Shape, index: Index, costs: Mapping[str, float]) -> tuple[str
         costs: what ending each slot costs; slots that are not in it stay.
     """
     best: tuple[float, int, str, tuple[str, ...]] | None = None
-    for name, view in sorted(index.nodes.items()):
-        if view.cordoned or view.lost or not view.reachable:
+    for name, view in index.nodes.items():
+        if not view.placeable or len(view.pools) < shape.gpus:
             continue
         options: list[tuple[float, str, tuple[str, ...]]] = []
         for uuid, pool in view.pools.items():
@@ -280,15 +335,33 @@ def victims(shape: Shape, index: Index, costs: Mapping[str, float]) -> tuple[str
 
 
 def _clear(pool: Pool, memory_bytes: int, costs: Mapping[str, float]) -> tuple[str, ...] | None:
-    """The cheapest slots (greedily) whose end frees `memory_bytes` on the device; None where none do."""
-    free = pool.free_bytes
+    """Slots whose end frees `memory_bytes` on the device, none of them needlessly; None where none do.
+
+    The cheaper of: the cheapest slot that is enough alone, and cheap ones taken until it is enough, less those that were
+    not needed in the end.
+    """
+    missing = memory_bytes - pool.free_bytes
+    if missing <= 0:
+        return ()
+    used = pool.used
+    sizes = {slot: max(lease, used.get(slot, 0)) for slot, lease in pool.leases.items() if slot in costs}
+    if sum(sizes.values()) < missing:
+        return None
     chosen: list[str] = []
-    for slot in sorted((s for s in pool.leases if s in costs), key=lambda s: (costs[s], -pool.leases[s], s)):
-        if free >= memory_bytes:
+    given = 0
+    for slot in sorted(sizes, key=lambda s: (costs[s], -sizes[s], s)):
+        if given >= missing:
             break
-        free += max(pool.leases[slot], pool.used.get(slot, 0))
+        given += sizes[slot]
         chosen.append(slot)
-    return tuple(chosen) if free >= memory_bytes else None
+    for slot in sorted(chosen, key=lambda s: (-costs[s], sizes[s], s)):
+        if given - sizes[slot] >= missing:
+            given -= sizes[slot]
+            chosen.remove(slot)
+    alone = min((slot for slot in sizes if sizes[slot] >= missing), key=lambda s: (costs[s], sizes[s], s), default=None)
+    if alone is not None and costs[alone] < sum(costs[slot] for slot in chosen):
+        return (alone,)
+    return tuple(chosen)
 
 
 def index_of(state: ClusterState) -> Index:

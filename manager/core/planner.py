@@ -2,7 +2,8 @@
 
 A slot of a shape serves its tasks one after the other, so the question is how many slots drain the queue in time, whether
 they fit, and, where they do not, whose slots end for them. What cannot be placed is asked for once per shape: the held slot
-is what victims are chosen for, again in each round, until it is placed.
+is what victims are chosen for, again in each round, until it is placed. What victims give back is kept for it: otherwise
+small shapes would take each piece as it comes, and a large one would never see them all together.
 """
 
 import math
@@ -13,14 +14,22 @@ import msgspec
 
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, QueueRow, SlotRow
-from manager.core.placement import Index, Placed, place, victims
+from manager.core.placement import Grant, Index, find, victims
+from manager.core.shapes import Shape
 
 UNKNOWN_RUN_S: Final = 1.0
 """A shape whose run time is not known is taken to need this, so that long tasks start side by side at once."""
 UNKNOWN_OPEN_MAX: Final = 4
 """But so many new slots per round at most: a burst of tiny tasks must not start a process for each."""
-BUSY_COST: Final = 1000.0
+BUSY_COST: Final = 1e6
 """Ending a busy slot at its task boundary costs more than ending any number of idle ones on a device."""
+RESIDENT_COST: Final = 1e12
+"""And waiting until a slot has been there for long enough, more than ending any number of busy ones."""
+SEARCHES_MAX: Final = 32
+"""Held shapes that get victims in one round; the others follow a quarter of a second later. Bounds a round's time."""
+AGAIN_S: Final = 0.25
+NEVER: Final = 2**31
+"""As a depth to ask again at: more work of a shape that is held changes nothing."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -57,6 +66,7 @@ class Plan(msgspec.Struct, frozen=True):
         wake_at: per shape, the queue depth at which a round would change something.
         again_s: look again after this, None: at the usual pace.
         held: slots that wait for room.
+        keep: room that is kept for held slots, by slot; what is not in it is kept no longer.
     """
 
     open: tuple[Open, ...] = ()
@@ -65,6 +75,40 @@ class Plan(msgspec.Struct, frozen=True):
     wake_at: tuple[tuple[str, int], ...] = ()
     again_s: float | None = None
     held: int = 0
+    keep: tuple[tuple[str, Grant], ...] = ()
+
+
+class _Need(msgspec.Struct, frozen=True):
+    """One shape in this round: its slots, and how many it should have."""
+
+    queue: QueueRow
+    serving: int
+    requested: int
+    held: tuple[str, ...]
+    wanted: int
+
+    @property
+    def asked(self) -> int:
+        """Slots that were asked for and are on their way, with room or not."""
+        return self.requested + len(self.held)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a slot is held that is still wanted."""
+        return bool(self.held) and self.wanted > self.serving
+
+
+class _TooLarge:
+    """Sizes that were found not to fit. Room only shrinks within a round, so what is as large need not be tried again."""
+
+    def __init__(self) -> None:
+        self._sizes: list[tuple[int, int]] = []
+
+    def add(self, shape: Shape) -> None:
+        self._sizes.append((shape.memory_bytes, shape.gpus))
+
+    def __contains__(self, shape: Shape) -> bool:
+        return any(shape.memory_bytes >= memory and shape.gpus >= gpus for memory, gpus in self._sizes)
 
 
 def slots_wanted(queue: QueueRow, slots: Sequence[SlotRow], now_ms: int, limits: Limits) -> int:
@@ -81,8 +125,10 @@ def slots_wanted(queue: QueueRow, slots: Sequence[SlotRow], now_ms: int, limits:
         needed = min(needed, len(slots) + UNKNOWN_OPEN_MAX)
     if queue.head_queued_ms is not None and now_ms - queue.head_queued_ms > limits.drain_target_s * 1000:
         needed = max(needed, 2 * len(slots))
-    if queue.shape.max_tasks_per_slot:
-        needed = max(needed, math.ceil(queue.depth / queue.shape.max_tasks_per_slot))
+    if limit := queue.shape.max_tasks_per_slot:
+        # Each slot ends by itself: what those that are open will not serve needs new ones.
+        left = sum(max(0, limit - slot.served - slot.running) for slot in slots)
+        needed = max(needed, len(slots) + math.ceil((queue.depth - left) / limit))
     return max(1, min(needed, queue.depth + busy, limits.slots_per_shape_max))
 
 
@@ -104,46 +150,71 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
         vtimes: weighted device-seconds that each shape has had; the lowest is served first.
         limits: the operator's.
     """
-    by_shape: dict[str, list[SlotRow]] = {queue.shape_id: [] for queue in state.queues}
-    for slot in state.slots:
-        by_shape.setdefault(slot.shape_id, []).append(slot)
+    needs = _needs(state, held, vtimes, limits)
+    closes, keep = _closes(state, index, [need for need in needs if need.waits], vtimes, limits)
     scratch = index.copy()
+    for slot_id, grant in keep:
+        scratch.keep(slot_id, grant)
+    for need in needs:
+        # Asked for and not held: the plugin is placing these now, so their room is taken.
+        _take(need.queue, scratch, need.requested, "asked")
     opens: list[Open] = []
     drops: list[str] = []
-    waiting: list[QueueRow] = []
     wake_at: list[tuple[str, int]] = []
-    again = False
-    in_order = sorted(state.queues, key=lambda q: (_priority_rank(q), vtimes.get(q.shape_id, 0.0), q.shape_id))
-    for queue in in_order:
-        slots = by_shape[queue.shape_id]
-        serving = [s for s in slots if s.status is SlotStatus.OPEN and s.flag is SlotFlag.NONE]
-        requested = [s for s in slots if s.status is SlotStatus.REQUESTED]
-        held_here = [s for s in requested if s.slot_id in held]
-        wanted = slots_wanted(queue, serving, state.now_ms, limits)
-        missing = wanted - len(serving) - len(requested)
+    too_large = _TooLarge()
+    for need in needs:
+        queue = need.queue
+        missing = need.wanted - need.serving - need.asked
         count = 0
-        if missing > 0 and not held_here:
-            count = _room(queue, scratch, missing)
-            if count < missing and not requested:
-                count += 1  # one that is held makes the need visible: to explain, to victims, to the autoscaler
-            again = again or count > 0
+        if missing > 0 and not need.held:
+            if queue.shape not in too_large:
+                count = _take(queue, scratch, missing, "new")
+            if count < missing:
+                too_large.add(queue.shape)
+                # One that is held makes the need visible: to explain, to victims, to the autoscaler.
+                count += need.requested == 0
         elif missing < 0:
-            surplus = sorted(held_here or requested, key=lambda s: s.slot_id)[missing:]
-            drops += [s.slot_id for s in surplus] if wanted == 0 or held_here else []
+            surplus = need.held[missing:]
+            drops += surplus if need.wanted else [*surplus, *_requested(state, queue.shape_id, held)]
         if count:
             opens.append(Open(queue.shape_id, count, queue.shape.max_tasks_per_slot))
-        if held_here and wanted > len(serving):
-            waiting.append(queue)
-        wake_at.append((queue.shape_id, wake_depth(queue, len(serving) + len(requested) + count, limits)))
-    closes = _closes(state, index, waiting, vtimes, limits)
+        alive = need.serving + need.asked + count
+        wake_at.append((queue.shape_id, NEVER if need.waits else wake_depth(queue, alive, limits)))
+    unsettled = any(need.waits or need.requested for need in needs)
     return Plan(
         open=tuple(opens),
         close=tuple(closes),
         drop=tuple(drops),
         wake_at=tuple(wake_at),
-        again_s=0.25 if again or waiting else None,
-        held=len(held) + sum(1 for o in opens if o.count),
+        again_s=AGAIN_S if opens or unsettled else None,
+        held=len(held) + len(opens),
+        keep=tuple(keep),
     )
+
+
+def _needs(state: ClusterState, held: frozenset[str], vtimes: Mapping[str, float], limits: Limits) -> list[_Need]:
+    """Each shape's slots and need, in the order in which they are served."""
+    by_shape: dict[str, list[SlotRow]] = {queue.shape_id: [] for queue in state.queues}
+    for slot in state.slots:
+        by_shape.setdefault(slot.shape_id, []).append(slot)
+    needs = []
+    for queue in sorted(state.queues, key=lambda q: (_priority_rank(q), vtimes.get(q.shape_id, 0.0), q.shape_id)):
+        slots = by_shape[queue.shape_id]
+        serving = [s for s in slots if s.status is SlotStatus.OPEN and s.flag is SlotFlag.NONE]
+        requested = [s.slot_id for s in slots if s.status is SlotStatus.REQUESTED]
+        waiting = tuple(sorted(slot_id for slot_id in requested if slot_id in held))
+        wanted = slots_wanted(queue, serving, state.now_ms, limits)
+        needs.append(_Need(queue, len(serving), len(requested) - len(waiting), waiting, wanted))
+    return needs
+
+
+def _requested(state: ClusterState, shape_id: str, held: frozenset[str]) -> list[str]:
+    """Slots of the shape that were asked for and are neither open nor held."""
+    return [
+        slot.slot_id
+        for slot in state.slots
+        if slot.shape_id == shape_id and slot.status is SlotStatus.REQUESTED and slot.slot_id not in held
+    ]
 
 
 def _priority_rank(queue: QueueRow) -> int:
@@ -151,73 +222,109 @@ def _priority_rank(queue: QueueRow) -> int:
     return 2**9 if queue.head is None else queue.head >> 44
 
 
-def _room(queue: QueueRow, scratch: Index, missing: int) -> int:
-    """How many of `missing` slots fit on what is left; what fits is taken from `scratch`."""
-    for count in range(missing):
-        match place(queue.shape, scratch):
-            case Placed(grant):
-                scratch.lease(f"{queue.shape_id}/{count}", grant)
-            case _:
-                return count
-    return missing
+def _take(queue: QueueRow, scratch: Index, count: int, name: str) -> int:
+    """How many of `count` slots fit on what is left; what fits is taken from `scratch`."""
+    shape = queue.shape
+    taken = 0
+    while taken < count and (grant := find(shape, scratch)) is not None:
+        pools = scratch.nodes[grant.node].pools
+        # Best fit goes on with the devices that it began with, until they are full: so all of these at once.
+        room = min(pools[uuid].free_bytes for uuid in grant.devices) // max(1, shape.memory_bytes)
+        several = min(room, count - taken)
+        whole = Grant(grant.node, grant.devices, shape.memory_bytes * several)
+        scratch.lease(f"{name} {queue.shape_id}/{taken}", whole)
+        taken += several
+    return taken
 
 
 def _closes(
-    state: ClusterState, index: Index, waiting: Sequence[QueueRow], vtimes: Mapping[str, float], limits: Limits
-) -> list[Close]:
-    """Victims for what waits, then slots that have been idle for too long."""
-    depth = {queue.shape_id: queue.depth for queue in state.queues}
+    state: ClusterState, index: Index, waiting: Sequence[_Need], vtimes: Mapping[str, float], limits: Limits
+) -> tuple[list[Close], list[tuple[str, Grant]]]:
+    """Victims for what waits, and the room that is kept for it; then slots that have been idle for too long."""
+    queues = {queue.shape_id: queue for queue in state.queues}
     closes: dict[str, Close] = {}
-    scratch = index.copy()
-    for slot in state.slots:
-        if slot.flag is not SlotFlag.NONE:
-            scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
-    for queue in waiting:
-        if isinstance(fit := place(queue.shape, scratch), Placed):
-            scratch.lease(f"for {queue.shape_id}", fit.grant)
-            continue
-        costs = {
-            slot.slot_id: cost
-            for slot in state.slots
-            if slot.slot_id not in closes and (cost := _cost(slot, queue, state, vtimes, limits)) is not None
-        }
-        for slot_id in victims(queue.shape, scratch, costs):
-            closes[slot_id] = Close(slot_id, queue.shape_id)
-            scratch.free(slot_id)
-        if isinstance(fit := place(queue.shape, scratch), Placed):
-            scratch.lease(f"for {queue.shape_id}", fit.grant)
+    keep: list[tuple[str, Grant]] = []
+    if waiting:
+        scratch = index.copy()
+        for slot in state.slots:
+            if slot.flag is not SlotFlag.NONE:
+                scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
+        candidates = [c for slot in state.slots if (c := _candidate(slot, queues, state.now_ms, limits)) is not None]
+        too_large = _TooLarge()
+        searches = 0
+        for need in waiting:
+            queue = need.queue
+            if queue.shape in too_large:
+                continue
+            fit = find(queue.shape, scratch)
+            if fit is None and searches < SEARCHES_MAX:
+                costs = _costs(candidates, queue, vtimes)
+                chosen = victims(queue.shape, scratch, costs)
+                for slot_id in chosen:
+                    scratch.free(slot_id)
+                    if costs[slot_id] < RESIDENT_COST:
+                        closes[slot_id] = Close(slot_id, queue.shape_id)
+                if chosen:
+                    searches += 1
+                    candidates = [c for c in candidates if c.slot_id not in chosen]
+                    fit = find(queue.shape, scratch)
+                else:
+                    too_large.add(queue.shape)
+            if fit is not None:
+                scratch.lease(f"for {queue.shape_id}", fit)
+                keep.append((need.held[0], fit))
     for slot in state.slots:
         if (
             slot.slot_id not in closes
             and slot.status is SlotStatus.OPEN
             and slot.flag is SlotFlag.NONE
             and slot.idle_ms is not None
-            and depth.get(slot.shape_id, 0) == 0
+            and (slot.shape_id not in queues or queues[slot.shape_id].depth == 0)
             and state.now_ms - slot.idle_ms >= limits.idle_s * 1000
         ):
             closes[slot.slot_id] = Close(slot.slot_id, "Idle")
-    return list(closes.values())
+    return list(closes.values()), keep
 
 
-def _cost(
-    slot: SlotRow, wanting: QueueRow, state: ClusterState, vtimes: Mapping[str, float], limits: Limits
-) -> float | None:
-    """What ending `slot` for `wanting` costs; None where it may not be asked to.
+class _Candidate(msgspec.Struct, frozen=True):
+    """A slot that may have to end for another shape: `cost` before it is asked for whom; `idle` may always go."""
 
-    An idle slot may always go, the one that has been idle longest first. A busy one goes at its task boundary if its shape
-    has had more than the one that waits, and has been there for the minimum residence.
+    slot_id: str
+    shape_id: str
+    cost: float
+    idle: bool
+    rank: int
+
+
+def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limits: Limits) -> _Candidate | None:
+    """What ending the slot costs; None where it is not open, or ends already.
+
+    Of the idle ones the one that has been idle for longest is the cheapest; of the busy ones the one whose tasks are short.
     """
-    if slot.status is not SlotStatus.OPEN or slot.flag is not SlotFlag.NONE or slot.shape_id == wanting.shape_id:
+    if slot.status is not SlotStatus.OPEN or slot.flag is not SlotFlag.NONE or slot.opened_ms is None:
         return None
+    own = queues.get(slot.shape_id)
+    rank = 2**9 if own is None else _priority_rank(own)
     if slot.idle_ms is not None and slot.running == 0:
-        idle_s = max(0.0, (state.now_ms - slot.idle_ms) / 1000)
-        return 1.0 / (1.0 + idle_s)
-    if slot.opened_ms is None or state.now_ms - slot.opened_ms < limits.residence_s * 1000:
-        return None
-    own = next((queue for queue in state.queues if queue.shape_id == slot.shape_id), None)
-    if own is None or own.depth == 0:
-        return BUSY_COST * 2  # nobody waits behind it: it would only be opened again if more came
-    rank, own_rank = _priority_rank(wanting), _priority_rank(own)
-    if rank > own_rank or (rank == own_rank and vtimes.get(own.shape_id, 0.0) <= vtimes.get(wanting.shape_id, 0.0)):
-        return None
-    return BUSY_COST
+        idle_s = max(0.0, (now_ms - slot.idle_ms) / 1000)
+        return _Candidate(slot.slot_id, slot.shape_id, 1.0 / (1.0 + idle_s), idle=True, rank=rank)
+    run_s = UNKNOWN_RUN_S if own is None or own.run_s is None else own.run_s
+    cost = BUSY_COST + run_s
+    if now_ms - slot.opened_ms < limits.residence_s * 1000:
+        cost += RESIDENT_COST
+    return _Candidate(slot.slot_id, slot.shape_id, cost, idle=False, rank=rank)
+
+
+def _costs(candidates: Sequence[_Candidate], wanting: QueueRow, vtimes: Mapping[str, float]) -> dict[str, float]:
+    """What each slot costs that may be asked to end for `wanting`.
+
+    An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower, or
+    equal while its shape has had more than the one that waits.
+    """
+    rank, had = _priority_rank(wanting), vtimes.get(wanting.shape_id, 0.0)
+    return {
+        c.slot_id: c.cost
+        for c in candidates
+        if c.shape_id != wanting.shape_id
+        and (c.idle or rank < c.rank or (rank == c.rank and vtimes.get(c.shape_id, 0.0) > had))
+    }

@@ -220,7 +220,9 @@ def _configuration(folder: Path, kept: _Kept, version: tuple[int, int, int]) -> 
         'save ""',
         # Never throw away a task to make room: refuse the next one.
         "maxmemory-policy noeviction",
-        "user default off",
+        # Off, so that nobody can be it; yet with all rights, since the server replays its own log as this user: without
+        # them Redis 7.0 refuses each transaction of the log at a restart, and comes back without what it had promised.
+        "user default off resetpass ~* &* +@all",
         f"user rocyard on >{kept.password} ~* &* +@all",
         f"user worker on >{kept.worker_password} resetkeys ~{heartbeats} resetchannels -@all {commands}",
     )

@@ -111,6 +111,21 @@ def test_data_survive_kill_9_and_the_next_start_has_the_same_address(running: Ru
         assert store.fcall("one", 0) == 1
 
 
+def test_transactions_and_functions_survive_kill_9(running: Running):
+    """The log replays transactions as the user "default"; Redis 7.0 drops each that this user would have no right to."""
+    spec = running.start()
+    library = "#!lua name=t\nredis.register_function('two', function(k) redis.call('SET', k[1], 1) redis.call('SET', k[2], 2) end)"
+    with client(spec.url.value) as store:
+        store.function_load(library)
+        store.fcall("two", 2, "a", "b")
+        store.pipeline(transaction=True).set("c", 3).set("d", 4).execute()
+    running.end(signal.SIGKILL)
+    spec = running.start()
+    with client(spec.url.value) as store:
+        assert store.mget("a", "b", "c", "d") == ["1", "2", "3", "4"]
+        store.fcall("two", 2, "a", "b")
+
+
 def test_it_ends_when_asked_to(running: Running):
     running.start()
     assert running.end(signal.SIGTERM) == 0

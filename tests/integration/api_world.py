@@ -91,7 +91,7 @@ class Agent:
         info = NodeInfo(hostname="host", pid=1, source="simulated", version="0", devices=self.devices, reserve_bytes=GIB)
         assert await self.store.register(self.node, self.incarnation, info)
         uses = tuple(DeviceUse(uuid=device.uuid, used_bytes=0) for device in self.devices)
-        await self.store.put_heartbeat(self.node, "tcp://127.0.0.1:1", msgspec.json.encode(uses))
+        await self.store.put_heartbeat(self.node, "tcp://127.0.0.1:1", uses)
         for name, schema, memory_bytes in (("echo", SCHEMA, GIB), ("any", {"type": "object"}, 2 * GIB)):
             function = PublishedFunction(
                 name=name, doc=f"Does {name}.", schema=msgspec.Raw(msgspec.json.encode(schema)), memory_bytes=memory_bytes

@@ -143,18 +143,43 @@ class Cluster:
 
     def role(self, role: str) -> psutil.Process:
         """The process of one role: store, scheduler, controller, api."""
-        if role == "store":
-            return next(p for p in self.family() if p.name().startswith(("redis", "valkey")))
-        return next(p for p in self.find("manager.cli.process") if p.cmdline()[-1] == role)
+        found = self.role_or_none(role)
+        assert found is not None, f"there is no {role}"
+        return found
+
+    def role_or_none(self, role: str) -> psutil.Process | None:
+        """As `role`, None while it is being started again."""
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                line = process.cmdline()
+                if role == "store" and process.name().startswith(("redis", "valkey")):
+                    return process
+                if line[-1:] == [role] and "manager.cli.process" in line:
+                    return process
+        return None
+
+    def wait_role(self, role: str, not_pid: int) -> psutil.Process:
+        """The next process of a role after the one that was `not_pid`."""
+        return eventually(
+            lambda: p if (p := self.role_or_none(role)) is not None and p.pid != not_pid else None, 20, f"the next {role}"
+        )
 
     def agent(self, node: str) -> psutil.Process:
         """The agent of a node."""
         state = self.state()
         return psutil.Process(next(row.info.pid for row in state.nodes if row.node == node))
 
-    def dask_worker(self, node: str) -> psutil.Process:
-        """The Dask worker of a node."""
-        return next(p for p in self.agent(node).children() if "plugins.worker_process" in p.cmdline())
+    def dask_worker(self, node: str, not_pid: int = 0) -> psutil.Process:
+        """The Dask worker of a node; with `not_pid` the one after that."""
+
+        def find() -> psutil.Process | None:
+            with contextlib.suppress(psutil.Error):
+                for process in self.agent(node).children():
+                    if process.pid != not_pid and "plugins.worker_process" in process.cmdline():
+                        return process
+            return None
+
+        return eventually(find, 20, f"a Dask worker on {node}")
 
     # --- its state ----------------------------------------------------------------------------------------------
 

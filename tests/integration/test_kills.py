@@ -42,7 +42,7 @@ def test_death_of_a_central_process_interrupts_no_task(cluster: Cluster, role: s
     victim = cluster.role(role)
     _kill(victim)
     eventually(lambda: not victim.is_running(), 10, f"death of the {role}")
-    eventually(lambda: cluster.role(role).pid != victim.pid, 20, f"the next {role}")
+    cluster.wait_role(role, victim.pid)
     if role == "api":
         eventually(lambda: _answers(cluster), 20, "the API")
     _finish(cluster, gate, tasks)
@@ -65,7 +65,7 @@ def test_death_of_a_dask_worker_interrupts_no_task(cluster: Cluster) -> None:
     for node in ("node-0", "node-1"):
         victim = cluster.dask_worker(node)
         _kill(victim)
-        eventually(lambda v=victim, n=node: cluster.dask_worker(n).pid != v.pid, 20, "the next Dask worker")
+        cluster.dask_worker(node, not_pid=victim.pid)
     _finish(cluster, gate, tasks)
     assert all(len(cluster.started(task)) == 1 for task in tasks)
 

@@ -1,5 +1,7 @@
 """Output is split exactly at the marker, wherever the stream is cut, and it is bounded."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,16 +38,14 @@ def test_output_is_split_at_the_marker(chunks, parts, rest):
 
 
 @given(
-    parts=st.lists(
-        st.binary(max_size=60).filter(lambda part: MARKER not in part + MARKER[:-1]), min_size=1, max_size=6
-    ),
+    parts=st.lists(st.binary(max_size=60).filter(lambda part: MARKER not in part + MARKER[:-1]), min_size=1, max_size=6),
     cuts=st.lists(st.integers(0, 400), max_size=10),
     bytes_max=st.integers(0, 40),
 )
 def test_how_the_stream_is_cut_changes_nothing(parts, cuts, bytes_max):
     stream = b"".join(part + MARKER for part in parts)
     borders = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
-    splitter = split([stream[start:end] for start, end in zip(borders, borders[1:], strict=False)], bytes_max)
+    splitter = split([stream[start:end] for start, end in itertools.pairwise(borders)], bytes_max)
     expected = [Written(part[max(0, len(part) - bytes_max) :], max(0, len(part) - bytes_max)) for part in parts]
     assert list(splitter.parts) == expected
 

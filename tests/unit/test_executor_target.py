@@ -203,7 +203,7 @@ class TestResult:
             (np.float32(0.5), b"0.5"),
             (np.float64(0.5), b"0.5"),
             (np.int64(3), b"3"),
-            ({"n": np.bool_(True)}, b'{"n":true}'),  # noqa: FBT003
+            ({"n": np.bool_(True)}, b'{"n":true}'),
             (Point(1), b'{"x":1,"y":0.5}'),
             (Colour.RED, b'"red"'),
             (pathlib.PurePosixPath("/data/x"), b'"/data/x"'),

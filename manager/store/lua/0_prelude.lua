@@ -32,9 +32,9 @@ local function wake(p, shape, count)
   return #slots
 end
 
--- Work of the shape has come (or come back): somebody must know.
+-- Work of the shape has come (or come back): somebody must know. Fewer idle slots than tasks: the controller as well.
 local function work_arrived(p, shape, count)
-  if wake(p, shape, count) > 0 then return end
+  if wake(p, shape, count) >= count then return end
   local wake_at = tonumber(redis.call('HGET', p .. 'sh:' .. shape, 'wake_at') or '0')
   if redis.call('ZCARD', p .. 'q:' .. shape) >= wake_at then ask_for_plan(p, shape) end
 end
@@ -46,9 +46,9 @@ end
 
 -- The one way into a final state: record, indexes, counters and event together.
 local function finalise(p, id, task, state, result, err, now)
-  local values = { 'state', state, 'finished', now, 'slot', '', 'cancel', '' }
+  -- The error of an earlier attempt goes: record and event must tell the same.
+  local values = { 'state', state, 'finished', now, 'slot', '', 'cancel', '', 'error', err }
   if result ~= '' then values[#values + 1] = 'result'; values[#values + 1] = result end
-  if err ~= '' then values[#values + 1] = 'error'; values[#values + 1] = err end
   redis.call('HSET', p .. 't:' .. id, unpack(values))
   redis.call('ZREM', p .. 'ta:' .. task.tenant, id)
   redis.call('ZADD', p .. 'done', now, id)
@@ -120,9 +120,7 @@ local function close_slot(p, slot, reason, now)
   if record[3] then redis.call('SREM', p .. 'ns:' .. record[3], slot) end
   redis.call('ZADD', p .. 'tombs', now, slot)
   redis.call('HSET', p .. 'sh:' .. shape, 'wake_at', '0')
-  if redis.call('ZCARD', p .. 'q:' .. shape) > 0 then
-    if wake(p, shape, math.max(returned, 1)) == 0 then ask_for_plan(p, shape) end
-  end
+  if redis.call('ZCARD', p .. 'q:' .. shape) > 0 then work_arrived(p, shape, math.max(returned, 1)) end
   return true
 end
 

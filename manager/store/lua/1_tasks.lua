@@ -1,13 +1,26 @@
 -- Submission, claims, ends, cancellation.
 
+-- The owner of the first of these ids that exists; nil where none does.
+local function owner_of_any(p, args, first)
+  local names = {}
+  for i = first, #args, 6 do names[#names + 1] = p .. 't:' .. args[i] end
+  if redis.call('EXISTS', unpack(names)) == 0 then return nil end
+  for _, name in ipairs(names) do
+    local owner = redis.call('HGET', name, 'tenant')
+    if owner then return owner end
+  end
+end
+
 -- tenant, active_max, shapes m, m × (shape, json), then tasks: (id, shape, score offset, max_attempts, function, spec) …
--- All or nothing. An id that exists was accepted by an earlier send of the same call.
+-- All or nothing. Ids that exist, and are the tenant's, were accepted by an earlier send of the same call; what exists is
+-- never written again. They are fresh and random: that one belongs to another tenant is an error of the caller.
 local function submit(keys, args)
   local p, tenant, active_max = keys[1], args[1], tonumber(args[2])
   local shapes, at = tonumber(args[3]), 4
   local first = at + shapes * 2
   local count = (#args - first + 1) / 6
-  if redis.call('EXISTS', p .. 't:' .. args[first]) == 1 then return { 'OK' } end
+  local owner = owner_of_any(p, args, first)
+  if owner then return { owner == tenant and 'OK' or 'EXISTS' } end
   local active = tonumber(redis.call('HGET', p .. 'tn:' .. tenant, 'active') or '0')
   if active + count > active_max then return { 'QUOTA', active } end
   for i = at, first - 1, 2 do
@@ -43,16 +56,22 @@ end
 local function crash_error(payload, crashes)
   local ok, err = pcall(cjson.decode, payload)
   if not ok or type(err) ~= 'table' then err = {} end
+  local what = type(err.message) == 'string' and err.message or 'the executor died'
   err.type = 'ExecutorCrashed'
-  err.message = (err.message or 'the executor died') .. '; ' .. crashes .. ' crashes that this task alone can have caused'
+  err.message = what .. '; ' .. crashes .. ' crashes that this task alone can have caused'
   return cjson.encode(err)
 end
 
 -- Commits one end. Returns the task's state after it, or '' for a repeat and for an attempt that was replaced.
 local function finish(p, slot, node, id, attempt, outcome, payload, age_ms, chance, now)
-  redis.call('SREM', p .. 'run:' .. slot, id)
   local task = load_task(p, id)
-  if not task or task.state ~= 'RUNNING' or task.attempt ~= attempt or task.slot ~= slot then return '' end
+  if not task or task.state ~= 'RUNNING' or task.slot ~= slot then
+    redis.call('SREM', p .. 'run:' .. slot, id)
+    return ''
+  end
+  -- The slot may have claimed the task anew since this end was first sent: that claim stays in its run set.
+  if task.attempt ~= attempt then return '' end
+  redis.call('SREM', p .. 'run:' .. slot, id)
   task.node = node
   if task.cancel == '1' then redis.call('SREM', p .. 'x:' .. slot, id) end
   local key = p .. 't:' .. id
@@ -154,27 +173,32 @@ local function next_(keys, args)
   if record[1] ~= 'OPEN' or record[2] ~= incarnation then return { 'FENCED', {}, {} } end
   local shape, node, flag = record[3], record[4], record[5]
   local now = now_ms()
-  local commits, ran, ran_ms, returned = {}, 0, 0, 0
+  local commits, ran, ran_ms, requeued = {}, 0, 0, 0
   for i = 4, #args, 7 do
-    commits[#commits + 1] = finish(p, slot, node, args[i], args[i + 1], args[i + 2], args[i + 3], args[i + 4],
-      args[i + 6], now)
-    if args[i + 5] ~= '' then ran = ran + 1; ran_ms = ran_ms + tonumber(args[i + 5]) else returned = returned + 1 end
+    local status = finish(p, slot, node, args[i], args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 6], now)
+    commits[#commits + 1] = status
+    if status == 'QUEUED' then requeued = requeued + 1 end
+    -- A repeat is neither served nor learned from again.
+    if status ~= '' and args[i + 5] ~= '' then ran = ran + 1; ran_ms = ran_ms + tonumber(args[i + 5]) end
   end
   learn(p, shape, ran, ran_ms)
   local served = tonumber(record[6] or '0')
   if ran > 0 then served = redis.call('HINCRBY', key, 'served', ran) end
-  if n == 0 then
-    if returned > 0 then work_arrived(p, shape, returned) end
-    return { 'OK', commits, {} }
+  local function reply(word, claims)
+    local left = requeued - #claims / 4 -- what came back and is not taken here is work for others
+    if left > 0 then work_arrived(p, shape, left) end
+    return { word, commits, claims }
   end
+  if n == 0 then return reply('OK', {}) end
   local lost = redeliver(p, slot)
   if #lost > 0 then return { 'WORK', commits, lost } end
-  if flag and flag ~= '' then return { string.upper(flag), commits, {} } end
   local served_max = tonumber(record[7] or '0')
-  if served_max > 0 then
-    if served >= served_max then return { 'CLOSE', commits, {} } end
-    n = math.min(n, served_max - served)
+  local word = (flag and flag ~= '') and string.upper(flag) or (served_max > 0 and served >= served_max) and 'CLOSE'
+  if word then
+    redis.call('SREM', p .. 'idle:' .. shape, slot) -- it will take nothing: nobody may wake it instead of another
+    return reply(word, {})
   end
+  if served_max > 0 then n = math.min(n, served_max - served) end
   local claims = claim(p, slot, node, shape, n, now)
   if #claims == 0 then
     redis.call('SADD', p .. 'idle:' .. shape, slot)
@@ -184,7 +208,7 @@ local function next_(keys, args)
   end
   redis.call('SREM', p .. 'idle:' .. shape, slot)
   redis.call('HSET', key, 'idle', '')
-  return { 'WORK', commits, claims }
+  return reply('WORK', claims)
 end
 
 -- A task that runs for much longer than its shape's tasks are known to is news: the shape's run time is unknown again, and
@@ -205,9 +229,11 @@ local function started(keys, args)
   local shape = redis.call('HGET', p .. 's:' .. slot, 'shape')
   for i = 3, #args, 3 do
     local key = p .. 't:' .. args[i]
-    local task = redis.call('HMGET', key, 'state', 'slot', 'attempt')
+    local task = redis.call('HMGET', key, 'state', 'slot', 'attempt', 'started')
     if task[1] == 'RUNNING' and task[2] == slot and task[3] == args[i + 1] then
-      redis.call('HSET', key, 'started', string.format('%.0f', now - tonumber(args[i + 2])))
+      if not task[4] or task[4] == '' then -- a repeat comes later, with the same age
+        redis.call('HSET', key, 'started', string.format('%.0f', now - tonumber(args[i + 2])))
+      end
       if shape then surprise(p, shape, tonumber(args[i + 2])) end
       count = count + 1
     end
@@ -215,11 +241,18 @@ local function started(keys, args)
   return count
 end
 
--- id, attempt, stdout, stderr, bytes dropped: what the attempt has written. Kept only while the attempt is the newest.
+-- id, attempt, stdout, stderr, bytes dropped: what the attempt has written so far. Kept only while the attempt is the
+-- newest, and only if it is not less than what is kept: a repeat may come after its successor.
 local function keep_log(keys, args)
   local p, id = keys[1], args[1]
   if redis.call('HGET', p .. 't:' .. id, 'attempt') ~= args[2] then return 0 end
-  redis.call('HSET', p .. 'l:' .. id, 'attempt', args[2], 'stdout', args[3], 'stderr', args[4], 'dropped', args[5])
+  local key = p .. 'l:' .. id
+  local kept = redis.call('HMGET', key, 'attempt', 'dropped')
+  if kept[1] == args[2] then
+    local bytes = redis.call('HSTRLEN', key, 'stdout') + redis.call('HSTRLEN', key, 'stderr') + tonumber(kept[2])
+    if #args[3] + #args[4] + tonumber(args[5]) < bytes then return 0 end
+  end
+  redis.call('HSET', key, 'attempt', args[2], 'stdout', args[3], 'stderr', args[4], 'dropped', args[5])
   return 1
 end
 

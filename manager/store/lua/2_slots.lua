@@ -14,9 +14,10 @@ local function request(keys, args)
   return 'OK'
 end
 
+-- Whether this incarnation is the node's newest, was not fenced, and has not left.
 local function node_holds(p, node, incarnation)
-  local record = redis.call('HMGET', p .. 'n:' .. node, 'incarnation', 'fenced')
-  return record[1] == incarnation and record[2] ~= incarnation
+  local record = redis.call('HMGET', p .. 'n:' .. node, 'incarnation', 'fenced', 'left')
+  return record[1] == incarnation and record[2] ~= incarnation and record[3] ~= '1'
 end
 
 -- slot, node, incarnation, devices, generation: OK, ADOPTED (the same incarnation again), FENCED, or REFUSED.
@@ -36,11 +37,11 @@ local function open(keys, args)
   return { 'OK', shape, blob }
 end
 
--- slot, incarnation, reason: the agent ends its slot.
+-- slot, incarnation, reason: the agent ends the slot that it has opened.
 local function close(keys, args)
   local p, slot = keys[1], args[1]
   local record = redis.call('HMGET', p .. 's:' .. slot, 'status', 'incarnation')
-  if record[1] == 'OPEN' and record[2] ~= args[2] then return 'FENCED' end
+  if record[2] ~= args[2] then return 'FENCED' end
   close_slot(p, slot, args[3], now_ms())
   return 'OK'
 end
@@ -59,17 +60,16 @@ local function fence(keys, args)
   return 'OK'
 end
 
--- token, reason, slots …: the leader takes back slots that nobody has opened; returns those that it could.
+-- token, reason, slots …: the leader takes back slots that nobody has opened; returns those that have ended unopened, by
+-- this call or, where its answer was lost, by its first send.
 local function drop(keys, args)
   local p = keys[1]
   if not leads(p, args[1]) then return { 'STALE' } end
   local now, dropped = now_ms(), {}
   for i = 3, #args do
-    local status = redis.call('HGET', p .. 's:' .. args[i], 'status')
-    if status == 'REQUESTED' then
-      close_slot(p, args[i], args[2], now)
-      dropped[#dropped + 1] = args[i]
-    end
+    local record = redis.call('HMGET', p .. 's:' .. args[i], 'status', 'opened')
+    if record[1] == 'REQUESTED' then close_slot(p, args[i], args[2], now) end
+    if record[1] and record[1] ~= 'OPEN' and not record[2] then dropped[#dropped + 1] = args[i] end
   end
   return { 'OK', dropped }
 end
@@ -90,6 +90,8 @@ local function flag(keys, args)
   return 'OK'
 end
 
+local PAST_BYTES = 432 -- sixteen incarnations: more than can be under way
+
 local function close_all_of(p, node, reason, now)
   local closed = {}
   for _, slot in ipairs(redis.call('SMEMBERS', p .. 'ns:' .. node)) do
@@ -98,14 +100,21 @@ local function close_all_of(p, node, reason, now)
   return closed
 end
 
--- node, incarnation, info: a new incarnation ends all that earlier ones held.
+-- node, incarnation, info: a new incarnation ends all that earlier ones held. One that was replaced does not come back: a
+-- registration may be sent twice, and its repeat arrive after the next agent's.
 local function register(keys, args)
   local p, node, incarnation = keys[1], args[1], args[2]
   local key = p .. 'n:' .. node
-  local record = redis.call('HMGET', key, 'incarnation', 'fenced')
+  local record = redis.call('HMGET', key, 'incarnation', 'fenced', 'past')
   if record[2] == incarnation then return 'FENCED' end
-  if record[1] ~= incarnation then close_all_of(p, node, 'AgentRestarted', now_ms()) end
-  redis.call('HSET', key, 'incarnation', incarnation, 'info', args[3], 'left', '')
+  if record[1] ~= incarnation then
+    local past = record[3] or ''
+    if string.find(past, incarnation .. ' ', 1, true) then return 'FENCED' end
+    if record[1] then past = string.sub(record[1] .. ' ' .. past, 1, PAST_BYTES) end
+    close_all_of(p, node, 'AgentRestarted', now_ms())
+    redis.call('HSET', key, 'past', past)
+  end
+  redis.call('HSET', key, 'incarnation', incarnation, 'info', args[3], 'left', '', 'gone', '')
   redis.call('HINCRBY', key, 'beat', 1)
   redis.call('SADD', p .. 'nodes', node)
   redis.call('PUBLISH', p .. 'ctl', 'plan')
@@ -150,16 +159,18 @@ local function lost(keys, args)
   local p, node, incarnation = keys[1], args[2], args[3]
   if not leads(p, args[1]) then return { 'STALE' } end
   if redis.call('HGET', p .. 'n:' .. node, 'incarnation') ~= incarnation then return { 'GONE' } end
-  redis.call('HSET', p .. 'n:' .. node, 'fenced', incarnation)
-  return { 'OK', close_all_of(p, node, 'NodeLost', now_ms()) }
+  local now = now_ms()
+  redis.call('HSET', p .. 'n:' .. node, 'fenced', incarnation, 'gone', now)
+  return { 'OK', close_all_of(p, node, 'NodeLost', now) }
 end
 
 -- node, incarnation: the agent stops cleanly.
 local function leave(keys, args)
   local p, node = keys[1], args[1]
   if not node_holds(p, node, args[2]) then return 'FENCED' end
-  close_all_of(p, node, 'AgentStopped', now_ms())
-  redis.call('HSET', p .. 'n:' .. node, 'left', '1')
+  local now = now_ms()
+  close_all_of(p, node, 'AgentStopped', now)
+  redis.call('HSET', p .. 'n:' .. node, 'left', '1', 'gone', now)
   return 'OK'
 end
 
@@ -170,7 +181,9 @@ local function lead(keys, args)
   local record = redis.call('HMGET', key, 'token', 'beat', 'holder')
   local current = { token = record[1] or '0', beat = record[2] or '0', holder = record[3] or '' }
   local word = 'NO'
-  if step == 'take' and current.token == token and (current.beat == seen or current.holder == '') then
+  if step == 'take' and current.holder == holder and tonumber(current.token) == tonumber(token) + 1 then
+    word = 'OK' -- taken by the first send of this call
+  elseif step == 'take' and current.token == token and (current.beat == seen or current.holder == '') then
     current = { token = tostring(tonumber(token) + 1), beat = '0', holder = holder }
     redis.call('HSET', key, 'token', current.token, 'beat', '0', 'holder', holder, 'held', '0')
     word = 'OK'
@@ -196,7 +209,19 @@ local function planned(keys, args)
   return 'OK'
 end
 
--- token, tasks ended before (ms), tasks kept, slots closed before (ms), limit: forgets what is old. Returns both counts.
+-- Forgets nodes that left or were lost before a time, and hold nothing.
+local function sweep_nodes(p, before)
+  for _, node in ipairs(redis.call('SMEMBERS', p .. 'nodes')) do
+    local gone = tonumber(redis.call('HGET', p .. 'n:' .. node, 'gone') or '')
+    if gone and gone < before and redis.call('SCARD', p .. 'ns:' .. node) == 0 then
+      redis.call('SREM', p .. 'nodes', node)
+      redis.call('DEL', p .. 'n:' .. node, p .. 'hb:' .. node)
+    end
+  end
+end
+
+-- token, tasks ended before (ms), tasks kept, slots closed and nodes gone before (ms), limit: forgets what is old.
+-- Returns how many tasks and slots.
 local function sweep(keys, args)
   local p, limit = keys[1], tonumber(args[5])
   if not leads(p, args[1]) then return { 0, 0 } end
@@ -206,7 +231,7 @@ local function sweep(keys, args)
   for _, id in ipairs(old) do
     local task = redis.call('HMGET', p .. 't:' .. id, 'tenant', 'state')
     redis.call('ZREM', p .. 'done', id)
-    if task[1] then
+    if task[1] and not LIVE[task[2]] then
       redis.call('ZREM', p .. 'tt:' .. task[1], id)
       redis.call('DEL', p .. 't:' .. id, p .. 'l:' .. id)
       count_move(p, task[2], nil)
@@ -217,6 +242,7 @@ local function sweep(keys, args)
     redis.call('ZREM', p .. 'tombs', slot)
     redis.call('DEL', p .. 's:' .. slot)
   end
+  sweep_nodes(p, tonumber(args[4]))
   return { #old, #tombs }
 end
 

@@ -56,6 +56,11 @@ local LIST_FIELDS = { 'state', 'function', 'attempt', 'shape', 'node', 'created'
   'failures', 'crashes', 'losses', 'error', 'sequence' }
 local SCAN_MAX = 2000 -- records looked at in one call; the caller goes on from the cursor
 
+-- Newer servers write the score 100000000 as 1e+8.
+local function sequence_text(score)
+  return string.format('%.0f', tonumber(score))
+end
+
 -- tenant, before (sequence or ""), limit, state or "", function or "": {next sequence or "", rows}, newest first.
 local function list(keys, args)
   local p, tenant, limit, wanted, name = keys[1], args[1], tonumber(args[3]), args[4], args[5]
@@ -70,11 +75,12 @@ local function list(keys, args)
       table.insert(row, 1, ids[i])
       rows[#rows + 1] = row
       if #rows == limit then
-        return { i + 1 < #ids and ids[i + 1] or (#ids == SCAN_MAX * 2 and ids[i + 1] or ''), rows }
+        local more = i + 1 < #ids or #ids == SCAN_MAX * 2
+        return { more and sequence_text(ids[i + 1]) or '', rows }
       end
     end
   end
-  return { #ids == SCAN_MAX * 2 and ids[#ids] or '', rows }
+  return { #ids == SCAN_MAX * 2 and sequence_text(ids[#ids]) or '', rows }
 end
 
 -- shape, score: how many tasks of the shape stand before.
