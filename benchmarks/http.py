@@ -1,3 +1,4 @@
+# ruff: noqa: E402 -- the search path must be put right before anything else is imported
 """End-to-end rate over HTTP, side by side with FastAPI + Celery + Redis: ``python benchmarks/http.py``.
 
 Each system is started afresh for each of its runs, alone, and the runs are interleaved. A run has four parts, all with the
@@ -150,7 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=5000, help="tasks of each of Rocyard's runs")
     parser.add_argument("--celery-tasks", type=int, default=2000, help="of each of Celery's, which is slower")
     parser.add_argument("--concurrency", type=int, default=16, help="clients, each with one task at a time")
-    parser.add_argument("--rounds", type=int, default=2, help="how often Rocyard runs, with Celery in between")
+    parser.add_argument("--rounds", type=int, default=3, help="how often Rocyard runs, with Celery in between")
     parser.add_argument("--simulate", default="2x2:mi300x", help="Rocyard's fleet")
     parser.add_argument("--only", choices=("rocyard", "celery"), help="leave the other out")
     parser.add_argument("--json", action="store_true", help="one JSON object in the last line")

@@ -9,6 +9,7 @@ comes off the same machine.
 import asyncio
 import sys
 import time
+from collections.abc import Callable, Coroutine
 
 import httptools
 import msgspec
@@ -181,7 +182,7 @@ class Load:
         )
 
     @staticmethod
-    async def _all(each, connections: list[Connection]) -> None:  # type: ignore[no-untyped-def]  # a bound method
+    async def _all(each: Callable[[Connection], Coroutine[None, None, None]], connections: list[Connection]) -> None:
         async with asyncio.TaskGroup() as group:
             for connection in connections:
                 group.create_task(each(connection))

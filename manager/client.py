@@ -14,7 +14,6 @@ import httpx
 import msgspec
 
 from manager.client_address import ClusterAddress
-from manager.client_answers import FunctionAnswers, TaskAnswer
 from manager.client_errors import TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_wire import Wire, segment
 from manager.core import requests as rest
@@ -117,14 +116,12 @@ class Client:
     @classmethod
     def at(cls, url: str, api_key: str) -> Self:
         """A client of the cluster at `url`."""
-        return cls(ClusterAddress(url.rstrip("/"), Secret(api_key), "arguments"))
+        return cls(ClusterAddress(url.rstrip("/"), Secret(api_key), "arguments", "arguments"))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -186,7 +183,7 @@ class Client:
             tenant: whose it is, where it is another one's; for admins. So for the calls below.
         """
         query = {"args": "true"} if with_args else {}
-        return self._wire.get(_path(task), TaskAnswer, query | _of(tenant))
+        return self._wire.get(_path(task), rest.TaskView, query | _of(tenant))
 
     def wait(self, task: TaskLike, timeout_s: float | None = None, *, tenant: str | None = None) -> rest.TaskView:
         """The task once it has ended, well or badly. Goes on over restarts of the API.
@@ -199,7 +196,7 @@ class Client:
             left_s = max(end_s - time.monotonic(), 0.0)
             step_s = min(WAIT_STEP_S, left_s)
             query = {"wait": f"{step_s:.3f}"} | _of(tenant)
-            view = self._wire.get(_path(task), TaskAnswer, query, step_s, min(WAIT_PATIENCE_S, left_s))
+            view = self._wire.get(_path(task), rest.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
             if view.status in FINAL:
                 return view
             if time.monotonic() >= end_s:
@@ -258,7 +255,7 @@ class Client:
 
     def functions(self) -> tuple[rest.FunctionView, ...]:
         """What tasks may name."""
-        return self._wire.get("/v1/functions", FunctionAnswers).functions
+        return self._wire.get("/v1/functions", rest.FunctionList).functions
 
     def workers(self) -> tuple[rest.WorkerView, ...]:
         """Nodes with their devices."""
@@ -290,7 +287,7 @@ def result_of(view: rest.TaskView) -> Any:
     """
     match view.status:
         case TaskStatus.SUCCEEDED:
-            return None if view.result is None else msgspec.json.decode(view.result)
+            return msgspec.json.decode(view.result)
         case TaskStatus.CANCELLED:
             raise TaskCancelled(view.task_id)
         case _:

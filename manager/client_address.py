@@ -33,12 +33,14 @@ class ClusterAddress(msgspec.Struct, frozen=True):
 
     Attributes:
         url: without a slash at its end.
-        source: where both came from, for messages.
+        source: where the URL came from, for messages.
+        key_source: where the key came from.
     """
 
     url: str
     api_key: Secret
     source: str
+    key_source: str
 
 
 def client_file(data_dir: str) -> Path:
@@ -60,21 +62,24 @@ def find_cluster(
     Raises:
         SettingsError: nothing was found, or only half of it; says what to do.
     """
+    source = "arguments" if url else URL_VARIABLE
+    key_source = "arguments" if api_key else KEY_VARIABLE
     url = url or variables.get(URL_VARIABLE) or ""
     api_key = api_key or variables.get(KEY_VARIABLE) or ""
-    path = client_file(data_dir or variables.get(FOLDER_VARIABLE) or Settings().data_dir)
     if url and api_key:
-        return ClusterAddress(_checked(url), Secret(api_key), f"{URL_VARIABLE} and {KEY_VARIABLE}")
+        return ClusterAddress(_checked(url), Secret(api_key), source, key_source)
+    path = client_file(data_dir or variables.get(FOLDER_VARIABLE) or Settings().data_dir)
     found = _read(path)
-    if found is None and not url:
-        raise SettingsError(
-            f"No cluster is known: {path} does not exist. Start one with 'rocyard up', or set {URL_VARIABLE} and "
-            f"{KEY_VARIABLE}."
-        )
-    if not url and found is not None:
-        return ClusterAddress(_checked(found.url), Secret(api_key or found.api_key), str(path))
+    if not url:
+        if found is None:
+            raise SettingsError(
+                f"No cluster is known: {path} does not exist. Start one with 'rocyard up', or set {URL_VARIABLE} and "
+                f"{KEY_VARIABLE}."
+            )
+        key_source = key_source if api_key else str(path)
+        return ClusterAddress(_checked(found.url), Secret(api_key or found.api_key), str(path), key_source)
     if found is not None and _checked(found.url) == _checked(url):
-        return ClusterAddress(_checked(url), Secret(found.api_key), str(path))
+        return ClusterAddress(_checked(url), Secret(found.api_key), source, str(path))
     raise SettingsError(f"No API key for {url}: set {KEY_VARIABLE} (an admin makes keys with 'rocyard keys create').")
 
 
@@ -91,10 +96,6 @@ def _read(path: Path) -> ClientFile | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise SettingsError(
-            f"{path} cannot be read ({error.strerror}): set {URL_VARIABLE} and {KEY_VARIABLE}."
-        ) from error
+        raise SettingsError(f"{path} cannot be read ({error.strerror}): set {URL_VARIABLE} and {KEY_VARIABLE}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"{path} is damaged: start the cluster again with 'rocyard up' to write it anew."
-        ) from error
+        raise SettingsError(f"{path} is damaged: start the cluster again with 'rocyard up' to write it anew.") from error

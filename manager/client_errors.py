@@ -93,6 +93,4 @@ def error_of(status: int, body: bytes) -> RocyardError:
     cls = _BY_CODE.get(problem.code) or _BY_STATUS.get(status) or RocyardError
     words = problem.detail or problem.title
     details = {name: value for name, value in fields.items() if name not in _SHOWN_ELSEWHERE}
-    return cls(
-        words or f"The server answered {status}: {body[:200].decode(errors='replace').strip() or 'nothing'}", **details
-    )
+    return cls(words or f"The server answered {status}: {body[:200].decode(errors='replace').strip() or 'nothing'}", **details)

@@ -4,6 +4,7 @@ Only GETs are sent again: a POST whose answer was lost may have been accepted, a
 """
 
 import random
+import re
 import time
 from collections.abc import Mapping
 from typing import Final, TypeVar
@@ -101,7 +102,7 @@ class Wire:
                 raise UnexpectedAnswer(f"{words}: are {self.address.url} and this client of one version?") from error
         refusal = error_of(response.status_code, response.content)
         if isinstance(refusal, Unauthorized):
-            raise Unauthorized(f"{refusal} The key came from {self.address.source}.", **refusal.details)
+            raise Unauthorized(f"{refusal} The key came from {self.address.key_source}.", **refusal.details)
         raise refusal
 
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachable:
@@ -123,4 +124,6 @@ def segment(text: str) -> str:
 
 
 def _words(error: httpx.TransportError) -> str:
-    return "it took too long" if isinstance(error, httpx.TimeoutException) else str(error) or type(error).__name__
+    if isinstance(error, httpx.TimeoutException):
+        return "it took too long"
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__

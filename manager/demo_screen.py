@@ -101,9 +101,7 @@ def show(report: Report, console: Console, *, held: bool) -> None:
     verdict = (f"all {report.equal:,} predictions equal those of one process", "green")
     if not held:
         verdict = (f"only {report.equal:,} of {IMAGES:,} predictions equal those of one process", "bold red")
-    right = (
-        f"{report.correct:,} of {report.images:,} digits read rightly ({report.correct / max(report.images, 1):.1%})"
-    )
+    right = f"{report.correct:,} of {report.images:,} digits read rightly ({report.correct / max(report.images, 1):.1%})"
     console.print(Text.assemble(right, "; ", verdict))
     rate = f"{report.tasks} tasks in {report.elapsed_s:.1f} s: {report.tasks_per_s:.1f} tasks per second"
     console.print(Text.assemble(rate, (", the opening of slots and import of torch included", "dim")))

@@ -5,11 +5,19 @@ closed, when the slot is missing from a registration report, when the node regis
 says so. A slot whose Dask task was lost keeps its lease and may only be placed on its own node again.
 """
 
+from collections.abc import Mapping
+from typing import Final
+
 import msgspec
 
-from manager.core.placement import Grant, Index, Placed, Unplaced, Verdict, place
+from manager.core.placement import Grant, Index, find
 from manager.core.shapes import Shape
 from plugins.node.link import Beat, Report
+
+KEPT_S: Final = 10.0
+"""Room that the leader has had kept, and no longer asks for, is given to anybody after this: a leader may be gone."""
+PLACING_S: Final = 5.0
+"""A slot that was placed less than this ago is on its way to its agent, not late."""
 
 
 class SlotRequest(msgspec.Struct, frozen=True):
@@ -27,10 +35,11 @@ class SlotRequest(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """Send this slot's Dask task to this node."""
+    """Send this slot's Dask task to this node. `fresh`: its lease was made by this decision; no agent knows of it yet."""
 
     slot_id: str
     grant: Grant
+    fresh: bool = True
 
 
 class Ledger:
@@ -39,23 +48,36 @@ class Ledger:
     def __init__(self) -> None:
         self.index = Index()
         self.requests: dict[str, SlotRequest] = {}
-        self.held: dict[str, tuple[Verdict, ...]] = {}
-        self.reported: set[str] = set()
+        self.held: dict[str, None] = {}  # ordered: the oldest first
+        self.placed_s: dict[str, float] = {}
+        self._kept_s = 0.0
 
     def ask(self, request: SlotRequest) -> None:
         """A slot is to be placed."""
         self.requests[request.slot_id] = request
-        self.held.setdefault(request.slot_id, ())
+        self.held.setdefault(request.slot_id)
 
     def hold(self, slot_id: str) -> None:
         """The slot's Dask task has no worker (any more): place it again."""
         if slot_id in self.requests:
-            self.held.setdefault(slot_id, ())
+            self.held.setdefault(slot_id)
+            self.placed_s.pop(slot_id, None)
 
     def forget(self, slot_id: str) -> None:
         """Dask has forgotten the slot's task. Its lease, if it has one, stays."""
         self.requests.pop(slot_id, None)
         self.held.pop(slot_id, None)
+        self.placed_s.pop(slot_id, None)
+        self.index.unkeep(slot_id)
+
+    def keep(self, grants: Mapping[str, Grant], now_s: float) -> None:
+        """The leader has slots closed so that these held ones fit there: nobody else gets that room. Replaces the last."""
+        for slot_id in list(self.index.kept):
+            self.index.unkeep(slot_id)
+        for slot_id, grant in grants.items():
+            if slot_id in self.held:
+                self.index.keep(slot_id, grant)
+        self._kept_s = now_s
 
     def ended(self, slot_id: str, now_s: float) -> None:
         """The agent said that the slot is closed or was never opened, or the leader took it back unopened."""
@@ -74,17 +96,24 @@ class Ledger:
             if slot_id in index.grants and index.grants[slot_id] != grant:
                 index.free(slot_id, now_s)
             index.lease(slot_id, grant, now_s)
+        # `lost` stays: an incarnation that the leader has fenced may register before it has learned of that.
         view = index.nodes[report.node]
-        view.reachable, view.lost, view.cordoned = True, False, report.cordoned
-        self.reported.add(report.node)
+        view.reachable, view.cordoned = True, report.cordoned
 
     def unreachable(self, node: str) -> None:
         """The node has no Dask worker now. Its leases stay."""
         if (view := self.index.nodes.get(node)) is not None:
             view.reachable = False
 
-    def hear(self, beat: Beat, now_s: float, silent: bool) -> None:
-        """News of a node, `silent`: its agent did not answer, so place nothing new there."""
+    def hear(self, beat: Beat, now_s: float, *, heard_s: float, silent: bool) -> None:
+        """News of a node.
+
+        Args:
+            beat: what its agent has said.
+            now_s: the scheduler's clock.
+            heard_s: seconds since the agent said it; its readings are so much older.
+            silent: its agent has not answered since: place nothing new there.
+        """
         for slot_id in beat.closed:
             self.index.free(slot_id, now_s)
         view = self.index.nodes.get(beat.node)
@@ -92,46 +121,68 @@ class Ledger:
             return
         view.cordoned = beat.cordoned or silent
         for use in beat.uses:
-            self.index.observe(beat.node, use, now_s - beat.age_s)
+            self.index.observe(beat.node, use, now_s - beat.age_s - heard_s)
 
-    def lost(self, node: str, incarnation: str) -> None:
+    def lost(self, node: str, incarnation: str, now_s: float) -> None:
         """The leader has ended all slots of this incarnation in the store: nothing more is placed there."""
         view = self.index.nodes.get(node)
         if view is not None and view.incarnation == incarnation:
             view.lost = True
             for slot_id in self.index.slots_on(node):
-                self.index.free(slot_id)
+                self.index.free(slot_id, now_s)
+
+    def where(self, slot_id: str, now_s: float) -> str:
+        """``held``, ``placing`` (just now), ``placed``, or ``leased``: it has a lease, but no Dask task."""
+        if slot_id in self.held:
+            return "held"
+        if slot_id not in self.requests:
+            return "leased"
+        return "placing" if now_s - self.placed_s.get(slot_id, now_s) < PLACING_S else "placed"
 
     def decide(self, now_s: float) -> list[Assignment]:
-        """Place what is held and fits, oldest first; each assignment is leased at once. Equal shapes are answered once."""
-        blocked: dict[Shape, tuple[Verdict, ...]] = {}
+        """Place what is held and fits, oldest first; each assignment is leased at once."""
+        if self.index.kept and now_s - self._kept_s > KEPT_S:
+            self.keep({}, now_s)
+        too_large: list[tuple[int, int]] = []
         assignments: list[Assignment] = []
         for slot_id in list(self.held):
             request = self.requests[slot_id]
-            grant = self._grant(request, blocked)
+            leased = self.index.grants.get(slot_id)
+            grant = self._home(request, leased) if leased is not None or request.node else self._new(request, too_large)
             if grant is None:
-                self.held[slot_id] = blocked.get(request.shape, ())
                 continue
             self.index.lease(slot_id, grant, now_s)
             del self.held[slot_id]
-            assignments.append(Assignment(slot_id, grant))
+            self.placed_s[slot_id] = now_s
+            assignments.append(Assignment(slot_id, grant, fresh=leased is None))
         return assignments
 
-    def _grant(self, request: SlotRequest, blocked: dict[Shape, tuple[Verdict, ...]]) -> Grant | None:
-        """Where the slot may go now. One that has a lease, or a node that it lived on, may go nowhere else."""
-        leased = self.index.grants.get(request.slot_id)
-        if leased is not None or request.node:
-            home = leased.node if leased is not None else request.node
-            view = self.index.nodes.get(home)
-            if view is None or not view.reachable or view.lost:
-                return None
-            # Without a lease after its node has reported, the slot is gone; the agent is asked all the same, and says so.
-            return leased or Grant(home, (), 0)
-        if request.shape in blocked:
+    def undo(self, assignment: Assignment, now_s: float) -> None:
+        """Dask did not take it: hold it again. A lease that was there before stays, since its agent has the slot open."""
+        if assignment.fresh:
+            self.index.free(assignment.slot_id, now_s)
+        self.hold(assignment.slot_id)
+
+    def _home(self, request: SlotRequest, leased: Grant | None) -> Grant | None:
+        """A slot that has a lease, or a node that it lived on, may go nowhere else."""
+        home = leased.node if leased is not None else request.node
+        view = self.index.nodes.get(home)
+        if view is None or not view.reachable or view.lost:
             return None
-        match place(request.shape, self.index):
-            case Placed(grant):
-                return grant
-            case Unplaced(verdicts):
-                blocked[request.shape] = verdicts
-                return None
+        # Without a lease after its node has reported, the slot is gone; the agent is asked all the same, and says so.
+        return leased or Grant(home, (), 0)
+
+    def _new(self, request: SlotRequest, too_large: list[tuple[int, int]]) -> Grant | None:
+        """Where a new slot fits. Within one decision room only shrinks, so what is as large as a failure is not tried."""
+        shape = request.shape
+        kept = self.index.unkeep(request.slot_id)
+        if kept is None and any(shape.memory_bytes >= memory and shape.gpus >= gpus for memory, gpus in too_large):
+            return None
+        grant = find(shape, self.index)
+        if grant is None and kept is not None:
+            self.index.keep(request.slot_id, kept)
+        elif grant is None:
+            too_large.append((shape.memory_bytes, shape.gpus))
+        elif kept is not None:
+            too_large.clear()  # it may have gone elsewhere, and left the room that was kept for it
+        return grant

@@ -17,6 +17,7 @@ from dask._task_spec import Task
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import Recs, Scheduler, TaskState
 
+from manager.core.placement import Grant
 from manager.core.shapes import Shape
 from manager.log import get_logger
 from manager.metrics import HOOK_ERRORS, PLACEMENTS, SLOTS
@@ -70,14 +71,15 @@ class PlacementPlugin(SchedulerPlugin):
         scheduler.allowed_failures = ALLOWED_FAILURES
         scheduler.extensions[LINK_EXTENSION] = _Heartbeats(self)
         scheduler.handlers.update(
-            rocyard_slots=self.rpc_slots, rocyard_lost=self.rpc_lost, rocyard_dropped=self.rpc_dropped
+            rocyard_slots=self.rpc_slots,
+            rocyard_lost=self.rpc_lost,
+            rocyard_dropped=self.rpc_dropped,
+            rocyard_keep=self.rpc_keep,
         )
 
     # --- hooks: change the ledger, ask for a pump ---------------------------------------------------------------
 
-    def update_graph(
-        self, scheduler: Scheduler, *, keys: set[Any], annotations: dict[str, dict[Any, Any]], **_: Any
-    ) -> None:
+    def update_graph(self, scheduler: Scheduler, *, keys: set[Any], annotations: dict[str, dict[Any, Any]], **_: Any) -> None:
         """New tasks: those that want a GPU are held, or refused, before anything can be placed."""
         for key, wanted in (annotations.get("gpu") or {}).items():
             task = scheduler.tasks.get(key)
@@ -108,6 +110,8 @@ class PlacementPlugin(SchedulerPlugin):
         if start == finish or not (isinstance(key, str) and key.startswith(SLOT_KEY_PREFIX)):
             return
         slot_id = key.removeprefix(SLOT_KEY_PREFIX)
+        if slot_id not in self.ledger.requests:
+            return  # somebody's own task that is called so
         if start == "processing" and finish == "memory":
             self.ledger.ended(slot_id, time.monotonic())
             self.ask_pump()
@@ -161,6 +165,7 @@ class PlacementPlugin(SchedulerPlugin):
 
     def _pump(self) -> None:
         self._pump_asked = False
+        assignments: list[Assignment] = []
         try:
             for node, address in self.addresses.items():
                 worker = self.scheduler.workers.get(address)
@@ -172,20 +177,21 @@ class PlacementPlugin(SchedulerPlugin):
                 self._grant(assignment, recommendations)
             if recommendations:
                 self.scheduler.transitions(recommendations, stimulus_id=f"rocyard-place-{time.time()}")
-            for assignment in assignments:
-                self._verify(assignment)
-            self._measure()
         except Exception:
             HOOK_ERRORS.labels(hook="pump").inc()
             log.exception("hook_failed", hook="pump")
+        for assignment in assignments:
+            self._verify(assignment)
+        self._measure()
 
     def _grant(self, assignment: Assignment, recommendations: Recs) -> None:
         key = SLOT_KEY_PREFIX + assignment.slot_id
         task = self.scheduler.tasks.get(key)
-        if task is None or task.state not in ("no-worker", "waiting", "released"):
+        address = self.addresses.get(assignment.grant.node)
+        if task is None or address is None or task.state not in ("no-worker", "waiting", "released"):
             return
         grant = assignment.grant
-        _restrict(task, self.addresses[grant.node])
+        _restrict(task, address)
         # Replaced, not changed: the same dict may belong to other tasks of the graph.
         task.annotations = {
             **(task.annotations or {}),
@@ -195,20 +201,20 @@ class PlacementPlugin(SchedulerPlugin):
             recommendations[key] = "processing"
 
     def _verify(self, assignment: Assignment) -> None:
-        """What Dask did not start is held again; its lease goes back, unless its agent may know of it."""
+        """What Dask did not start is held again."""
         key = SLOT_KEY_PREFIX + assignment.slot_id
         task = self.scheduler.tasks.get(key)
         if task is not None and task.state in ("processing", "waiting"):
             PLACEMENTS.labels(result="placed").inc()
-            log.info(
-                "slot_placed", slot=assignment.slot_id, node=assignment.grant.node, devices=assignment.grant.devices
-            )
+            log.info("slot_placed", slot=assignment.slot_id, node=assignment.grant.node, devices=assignment.grant.devices)
             return
         PLACEMENTS.labels(result="returned").inc()
-        self.ledger.index.free(assignment.slot_id, time.monotonic())
+        log.warning("slot_not_taken", slot=assignment.slot_id, state=task.state if task is not None else "forgotten")
         if task is not None:
             _restrict(task, SENTINEL)
-            self.ledger.hold(assignment.slot_id)
+        self.ledger.undo(assignment, time.monotonic())
+        if task is None:
+            self.ledger.forget(assignment.slot_id)
 
     def _measure(self) -> None:
         SLOTS.labels(status="held").set(len(self.ledger.held))
@@ -217,18 +223,17 @@ class PlacementPlugin(SchedulerPlugin):
     # --- for the controller -----------------------------------------------------------------------------------------
 
     async def rpc_slots(self) -> dict[str, Any]:
-        """Every slot known here: slot → [``held`` | ``placed`` | ``leased``, node]; ``leased`` has no Dask task."""
-        ledger = self.ledger
+        """Every slot known here, as slot → [state, node] with the states of `Ledger.where`; and each node's address."""
+        ledger, now_s = self.ledger, time.monotonic()
         slots: dict[str, list[str]] = {slot: ["leased", grant.node] for slot, grant in ledger.index.grants.items()}
         for slot_id, request in ledger.requests.items():
             grant = ledger.index.grants.get(slot_id)
-            node = grant.node if grant is not None else request.node
-            slots[slot_id] = ["held" if slot_id in ledger.held else "placed", node]
+            slots[slot_id] = [ledger.where(slot_id, now_s), grant.node if grant is not None else request.node]
         return {"slots": slots, "nodes": dict(self.addresses)}
 
     async def rpc_lost(self, node: str, incarnation: str) -> str:
         """The leader has declared an incarnation dead, and ended its slots in the store."""
-        self.ledger.lost(node, incarnation)
+        self.ledger.lost(node, incarnation, time.monotonic())
         self.ask_pump()
         return "OK"
 
@@ -245,6 +250,13 @@ class PlacementPlugin(SchedulerPlugin):
         self.ask_pump()
         return "OK"
 
+    async def rpc_keep(self, slots: dict[str, list[Any]]) -> str:
+        """Held slot → [node, devices, memory_bytes]: the room that the leader is having cleared for it."""
+        grants = {slot: Grant(node, tuple(devices), size) for slot, (node, devices, size) in slots.items()}
+        self.ledger.keep(grants, time.monotonic())
+        self.ask_pump()
+        return "OK"
+
 
 class _Heartbeats:
     """Receives what the worker plugin sends with each Dask heartbeat."""
@@ -256,7 +268,8 @@ class _Heartbeats:
         try:
             beat = decode_beat(data.get("beat")) if isinstance(data, dict) else None
             if beat is not None and self.plugin.nodes.get(worker.address) == beat.node:
-                self.plugin.ledger.hear(beat, time.monotonic(), float(data.get("silent_s", 0)) > AGENT_SILENT_S)
+                silent_s = float(data.get("silent_s", 0))
+                self.plugin.ledger.hear(beat, time.monotonic(), heard_s=silent_s, silent=silent_s > AGENT_SILENT_S)
                 if self.plugin.ledger.held:
                     self.plugin.ask_pump()
         except Exception:

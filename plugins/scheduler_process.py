@@ -44,6 +44,9 @@ def run(settings: Settings) -> int:
         {
             "distributed.scheduler.no-workers-timeout": None,
             "distributed.scheduler.worker-ttl": None,  # the agent watches its own Dask worker
+            # Dask looks at itself every few milliseconds by default; idle processes then cost several percent of a core.
+            "distributed.admin.tick.interval": "500ms",
+            "distributed.admin.system-monitor.interval": "2s",
             "distributed.diagnostics.nvml": False,
             "distributed.admin.max-error-length": 4000,
             "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": _origins(settings),

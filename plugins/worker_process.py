@@ -70,7 +70,10 @@ def main() -> int:
         {
             # Back-off of Dask's connect grows with the outage; a short timeout makes it start afresh each second.
             "distributed.comm.timeouts.connect": "1s",
-            "distributed.worker.daemon": False,
+            # Dask looks at itself every few milliseconds by default; idle processes then cost several percent of a core.
+            "distributed.worker.profile.enabled": False,
+            "distributed.admin.tick.interval": "500ms",
+            "distributed.admin.system-monitor.interval": "2s",
             "distributed.diagnostics.nvml": False,
         }
     )

@@ -120,18 +120,17 @@ class Api(Litestar):
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         if self._in_hand > IN_HAND_MAX:
-            await problem_reply(problems.Overloaded(), path)(scope, receive, send)
+            await refusal(problems.Overloaded(), scope, receive)(scope, receive, send)
         elif method == "POST" and path == "/v1/tasks":
             await (await self.answer(self._submit, Call(scope, receive)))(scope, receive, send)
         elif method == "GET" and path.startswith("/v1/tasks/") and is_id(path[10:]):
             call = Call(scope, receive, {"task_id": path[10:]})
             await (await self.answer(self._get, call))(scope, receive, send)
         elif method not in METHODS:
-            await problem_reply(problems.MethodNotAllowed(f"{method[:20]} is not used here."), path)(
-                scope, receive, send
-            )
+            error = problems.MethodNotAllowed(f"{method[:20]} is not used here.")
+            await refusal(error, scope, receive)(scope, receive, send)
         else:
-            await super().__call__(scope, receive, send)  # type: ignore[arg-type]  # the same, by Litestar's own names
+            await super().__call__(scope, receive, send)
 
     async def answer(self, operation: Operation, call: Call) -> Reply:
         """The answer of `operation`, whatever happens.
@@ -235,17 +234,21 @@ async def _forever(name: str, step: Callable[[], Awaitable[object]], pause_s: fl
         except Exception as error:  # the top of a loop
             metrics.LOOP_ERRORS.labels(name).inc()
             if not failing:
-                log.warning(
-                    "a loop fails", loop=name, error=str(error), exc_info=not isinstance(error, StoreUnavailable)
-                )
+                log.warning("a loop fails", loop=name, error=str(error), exc_info=not isinstance(error, StoreUnavailable))
             failing = True
         await asyncio.sleep(pause_s)
 
 
+def refusal(error: RocyardError, scope: Scope, receive: Receive) -> Reply:
+    """The answer to a request that reaches no operation."""
+    reply = problem_reply(error, scope["path"])
+    reply.request_id = Call(scope, receive).request_id
+    metrics.API_REQUESTS.labels(metrics.one_of(scope["method"], METHODS), metrics.OTHER, str(error.status)).inc()
+    return reply
+
+
 def _problem_response(error: RocyardError, request: Request[Any, Any, Any]) -> Response[bytes]:
-    reply = problem_reply(error, request.scope["path"])
-    call = Call(request.scope, request.receive)
-    reply.request_id = call.request_id
+    reply = refusal(error, request.scope, request.receive)
     response = Response(content=reply.body, status_code=reply.status, media_type=problems.PROBLEM_JSON.decode())
     for name, value in reply.all_headers():
         response.headers[name.decode()] = value.decode()
@@ -264,7 +267,6 @@ def _unrouted(request: Request[Any, Any, Any], error: HTTPException) -> Response
     response = _problem_response(found, request)
     if allow := (error.headers or {}).get("allow"):
         response.headers["allow"] = ", ".join(sorted(set(allow.split(", ")) & METHODS))
-    metrics.API_REQUESTS.labels(request.scope["method"], metrics.OTHER, str(response.status_code)).inc()
     return response
 
 

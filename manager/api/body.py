@@ -122,7 +122,7 @@ def _object(value: Any, field: str) -> dict[str, Any]:
 
 def near(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
     """``" Did you mean 'x'?"`` where one of `known` is like `name`, else nothing."""
-    found = difflib.get_close_matches(name[:100], list(known), n=3, cutoff=0.5)
+    found = difflib.get_close_matches(name[:100], list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(one) for one in found)}?" if found else ""
 
 

@@ -75,7 +75,7 @@ class ClusterRoutes:
             memory_bytes=found.memory_bytes,
             gpus=found.gpus,
             time_limit_s=default_s if found.time_limit_s is None else found.time_limit_s,
-            schema=None if found.error else found.schema,
+            schema=msgspec.Raw(b"null") if found.error else found.schema,
             problem=found.error,
         )
 

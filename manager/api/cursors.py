@@ -34,9 +34,7 @@ def decode_cursor(key: ApiKey, filters: tuple[str, ...], text: str) -> int:
         raw = b""
     number, mac = raw[:8], raw[8:]
     if len(raw) != 8 + _MAC_BYTES or not hmac.compare_digest(mac, _mac(key, filters, number)):
-        raise BadRequest(
-            "cursor: it is not one that this key got for these filters; begin again without it.", field="cursor"
-        )
+        raise BadRequest("cursor: it is not one that this key got for these filters; begin again without it.", field="cursor")
     return int.from_bytes(number)
 
 

@@ -55,11 +55,11 @@ class DocsRoutes:
     def __init__(self) -> None:
         self.document = b"{}"
 
-    async def openapi(self, call: Call) -> Reply:
+    async def openapi(self, _call: Call) -> Reply:
         """The document."""
         return Reply(200, self.document)
 
-    async def page(self, call: Call) -> Reply:
+    async def page(self, _call: Call) -> Reply:
         """The page."""
         return Reply(200, _PAGE, [(b"content-security-policy", _POLICY)], b"text/html; charset=utf-8")
 

@@ -93,9 +93,7 @@ class Ends:
 
     def submitting(self, task_id: str, tenant: str, spec: TaskSpec, now_ms: int) -> None:
         """A task is about to be submitted: its end may come before the answer to its submission."""
-        light = TaskSpec(
-            spec.function, msgspec.Raw(b"{}"), spec.resources, spec.priority, spec.max_attempts, spec.time_limit_s
-        )
+        light = TaskSpec(spec.function, msgspec.Raw(b"{}"), spec.resources, spec.priority, spec.max_attempts, spec.time_limit_s)
         self._remember(Remembered(task_id, tenant, light, now_ms, self._connection if self._live else -1))
 
     def forget(self, task_id: str) -> None:
@@ -148,24 +146,11 @@ class Ends:
         Raises:
             Disconnected: the peer is gone, as `gone` tells.
         """
-        loop = asyncio.get_running_loop()
-        watcher: asyncio.Task[None] | None = None
-
-        def be_patient() -> None:
-            nonlocal watcher, timer
-            if wait_s <= PATIENCE_S:
-                _done(future)
-                return
-            watcher = loop.create_task(_end_when(gone, future))
-            timer = loop.call_later(wait_s - PATIENCE_S, _done, future)
-
-        timer = loop.call_later(min(wait_s, PATIENCE_S), be_patient)
+        patience = _Patience(future, wait_s, gone)
         try:
             await future
         finally:
-            timer.cancel()
-            if watcher is not None:
-                watcher.cancel()
+            patience.end()
 
     def release(self) -> None:
         """The process ends: every waiter gets its task as it is now."""
@@ -228,6 +213,33 @@ class Ends:
         if waiting is not None:
             for future in waiting:
                 _done(future)
+
+
+class _Patience:
+    """Ends a wait after its time. One that is long watches, after a moment, whether the peer is still there."""
+
+    __slots__ = ("_future", "_gone", "_loop", "_rest_s", "_timer", "_watcher")
+
+    def __init__(self, future: asyncio.Future[None], wait_s: float, gone: Callable[[], Awaitable[None]]) -> None:
+        self._future = future
+        self._gone = gone
+        self._loop = asyncio.get_running_loop()
+        self._rest_s = wait_s - PATIENCE_S
+        self._watcher: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(min(wait_s, PATIENCE_S), self._first)
+
+    def _first(self) -> None:
+        if self._rest_s <= 0:
+            _done(self._future)
+            return
+        self._watcher = self._loop.create_task(_end_when(self._gone, self._future))
+        self._timer = self._loop.call_later(self._rest_s, _done, self._future)
+
+    def end(self) -> None:
+        """The wait is over."""
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
 
 
 def _done(future: asyncio.Future[None]) -> None:

@@ -9,14 +9,15 @@ import asyncio
 import itertools
 import os
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from manager.api.problems import PROBLEM_JSON, RequestTimeout, headers, problem
 from manager.core.errors import BadRequest, RocyardError, TooLarge, UnsupportedMediaType
 from manager.keys import ApiKey
 
-Scope = MutableMapping[str, Any]
+Scope = Any
+"""ASGI's scope: Litestar and uvicorn each have a type of their own for it."""
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
@@ -35,9 +36,7 @@ BASE_HEADERS: Final[Headers] = [
 ]
 _WANTED: Final = frozenset({b"authorization", b"content-type", b"content-encoding", b"content-length", b"x-request-id"})
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9-]{1,64}")
-_JSON_TYPES: Final = frozenset(
-    {b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"}
-)
+_JSON_TYPES: Final = frozenset({b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"})
 _NOTHING: Final[Mapping[str, str]] = {}
 
 _process = os.urandom(4).hex()
@@ -136,7 +135,7 @@ class Reply:
         self.content_type = content_type
         self.request_id = b"-"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         """Send it."""
         await send({"type": "http.response.start", "status": self.status, "headers": self.all_headers()})
         await send({"type": "http.response.body", "body": self.body})
@@ -163,9 +162,7 @@ def problem_reply(error: RocyardError, path: str) -> Reply:
 
 
 def _too_large(bytes_max: int, *, close: bool) -> TooLarge:
-    return TooLarge(
-        f"The body is over the limit of {bytes_max} bytes (api.body_bytes_max).", bytes_max=bytes_max, close=close
-    )
+    return TooLarge(f"The body is over the limit of {bytes_max} bytes (api.body_bytes_max).", bytes_max=bytes_max, close=close)
 
 
 def _check_type(content_type: bytes) -> None:

@@ -16,8 +16,8 @@ from manager.core.functions import PublishedFunction, decode_published
 from manager.store import Store
 
 REFRESH_S: Final = 1.0
-MISS_REFRESH_S: Final = 0.1
-"""A flood of unknown names reads the store this often at most."""
+MISS_REFRESH_S: Final = 0.04
+"""A flood of unknown names reads the store this often at most; each of them waits so long for the next reading."""
 ERRORS_SHOWN_MAX: Final = 5
 MESSAGE_CHARS_MAX: Final = 300
 NAMES_SHOWN_MAX: Final = 50
@@ -62,9 +62,7 @@ class Function:
         hint = near(unknown[0], known) if unknown and known else ""
         first = found[0] if found else {"path": field, "message": "does not fit the schema"}
         takes = f" It takes: {', '.join(known)}." if known else " It takes no arguments."
-        raise InvalidArguments(
-            f"{first['path']}: {first['message']}.{hint}{takes}", function=self.published.name, errors=found
-        )
+        raise InvalidArguments(f"{first['path']}: {first['message']}.{hint}{takes}", function=self.published.name, errors=found)
 
 
 class Functions:
@@ -90,6 +88,10 @@ class Functions:
         }
         self._read_s = asyncio.get_running_loop().time()
 
+    async def _refresh_soon(self) -> None:
+        await asyncio.sleep(max(0.0, self._read_s + MISS_REFRESH_S - asyncio.get_running_loop().time()))
+        await self.refresh()
+
     def known(self, name: str) -> Function | None:
         """The function, as far as is known now."""
         return self._by_name.get(name)
@@ -102,9 +104,9 @@ class Functions:
             StoreUnavailable: nothing is known of any function.
         """
         found = self._by_name.get(name)
-        if found is None and asyncio.get_running_loop().time() - self._read_s >= MISS_REFRESH_S:
+        if found is None:
             if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(self.refresh())
+                self._reading = asyncio.create_task(self._refresh_soon())
             try:
                 await asyncio.shield(self._reading)
             except StoreUnavailable:
@@ -139,9 +141,7 @@ def _compiled(blob: bytes) -> Function:
             pattern_options=jsonschema_rs.RegexOptions(),  # linear time, whatever the pattern
         )
     except (ValueError, jsonschema_rs.ValidationError) as error:
-        broken = msgspec.structs.replace(
-            published, error=f"its schema cannot be used: {str(error)[:MESSAGE_CHARS_MAX]}"
-        )
+        broken = msgspec.structs.replace(published, error=f"its schema cannot be used: {str(error)[:MESSAGE_CHARS_MAX]}")
         return Function(blob, broken, None)
     return Function(blob, published, validator)
 

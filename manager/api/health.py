@@ -36,11 +36,11 @@ class HealthRoutes:
         self._last: Readiness | None = None
         self._last_s = float("-inf")
 
-    async def livez(self, call: Call) -> Reply:
+    async def livez(self, _call: Call) -> Reply:
         """The process answers."""
         return Reply(200, _encode(Live()))
 
-    async def readyz(self, call: Call) -> Reply:
+    async def readyz(self, _call: Call) -> Reply:
         """Whether tasks can be accepted so that a power cut does not lose them."""
         if self._last is None or time.monotonic() - self._last_s >= CHECK_S:
             self._last = await self._check()
@@ -56,9 +56,7 @@ class HealthRoutes:
                 fsync = await self._store.fsync_policy()
         except (StoreUnavailable, TimeoutError):
             detail = "The store does not answer; nothing can be accepted."
-            return Readiness(
-                ready=False, store=StoreView(False, "unknown"), leader_beating=None, nodes_live=0, detail=detail
-            )
+            return Readiness(ready=False, store=StoreView(False, "unknown"), leader_beating=None, nodes_live=0, detail=detail)
         store = StoreView(True, fsync)
         match fsync:
             case "always":
@@ -70,7 +68,7 @@ class HealthRoutes:
                 detail = "The store does not sync each write: set 'appendonly yes' and 'appendfsync always'."
                 return Readiness(ready=False, store=store, leader_beating=beating, nodes_live=nodes, detail=detail)
 
-    async def metrics(self, call: Call) -> Reply:
+    async def metrics(self, _call: Call) -> Reply:
         """All metrics of this process as text."""
         body, content_type = metrics.exposition()
         return Reply(200, body, content_type=content_type.encode())

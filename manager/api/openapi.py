@@ -152,6 +152,7 @@ def _parts(cls: type) -> tuple[str, str]:
 
 def _structs(root: type) -> dict[str, type]:
     found = {root.__name__: root}
-    for child in root.__subclasses__():
+    children: list[type] = root.__subclasses__()
+    for child in children:
         found |= _structs(child)
     return found

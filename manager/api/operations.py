@@ -1,5 +1,6 @@
 """What an operation of the API is: one value per route, from which the routes, the access checks and the OpenAPI document
-are made. There is no way to a handler that is not declared here, and none without a declared access."""
+are made. There is no way to a handler that is not declared here, and none without a declared access.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import Final, Literal

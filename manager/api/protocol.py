@@ -68,11 +68,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        if self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None:
+        if self.cycle.response_complete and self.timeout_keep_alive_task is None:
             # The rest of a body that was refused has gone by: the connection is idle from here.
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn names it
         """What the parser cannot read."""
         self._refuse(BadRequest("That is no HTTP/1.1 request."))
 

@@ -65,8 +65,7 @@ def refuse_infeasible(shape: Shape, asked_bytes: int, largest: tuple[Largest, ..
         return
     if shape.gpus > len(largest):
         raise Infeasible(
-            f"{within}resources.gpus: {shape.gpus} devices on one node are asked for; no node has more than "
-            f"{len(largest)}.",
+            f"{within}resources.gpus: {shape.gpus} devices on one node are asked for; no node has more than {len(largest)}.",
             gpus=shape.gpus,
             gpus_max=len(largest),
         )

@@ -11,7 +11,7 @@ from manager.api.body import batch_request, task_request
 from manager.api.cursors import decode_cursor, encode_cursor
 from manager.api.ends import Ends
 from manager.api.exchange import Call, Reply
-from manager.api.functions import FunctionUnavailable, Functions
+from manager.api.functions import Functions, FunctionUnavailable
 from manager.api.operations import Operation, Parameter
 from manager.api.problems import NotFinished, TaskCancelled, TaskFailed
 from manager.api.query import one_of, parse_query, wait_s, whole_number, yes_or_no
@@ -192,9 +192,7 @@ class TaskRoutes:
         task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
         await self._record(task_id, tenant)
         out, err, dropped = await self._store.log(task_id)
-        return Reply(
-            200, _encode(TaskLog(task_id, out.decode(errors="replace"), err.decode(errors="replace"), dropped))
-        )
+        return Reply(200, _encode(TaskLog(task_id, out.decode(errors="replace"), err.decode(errors="replace"), dropped)))
 
     async def explain(self, call: Call) -> Reply:
         """Why the task is where it is."""
@@ -216,9 +214,7 @@ class TaskRoutes:
         status = one_of(query, "status", _STATUSES)
         filters = (tenant, status, query.get("function", ""))
         before = decode_cursor(call.key, filters, query["cursor"]) if "cursor" in query else None
-        following, records = await self._store.tasks(
-            tenant, before, limit, TaskStatus(status) if status else None, filters[2]
-        )
+        following, records = await self._store.tasks(tenant, before, limit, TaskStatus(status) if status else None, filters[2])
         cursor = None if following is None else encode_cursor(call.key, filters, following)
         return Reply(200, _encode(TaskPage(tuple(summary_of(record) for record in records), cursor)))
 

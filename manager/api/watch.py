@@ -109,9 +109,7 @@ class ClusterWatch:
         now_s = time.monotonic()
         if now_s - self._fsync[1] >= FSYNC_S:
             self._fsync = (await self._store.fsync_policy(), now_s)
-        self._nodes = {
-            row.node: _observe(self._nodes.get(row.node), (row.incarnation, row.beat), now_s) for row in state.nodes
-        }
+        self._nodes = {row.node: _observe(self._nodes.get(row.node), (row.incarnation, row.beat), now_s) for row in state.nodes}
         self._leader = _observe(self._leader, (f"{token} {holder}", beat), now_s)
         silent = frozenset(name for name, seen in self._nodes.items() if now_s - seen.at_s >= self._lease_s)
         self.snapshot = Snapshot(

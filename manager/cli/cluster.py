@@ -41,9 +41,7 @@ def down(session: Session) -> int:
     if session.wants_json:
         print_json({"stopped": stopped, "pid": pid})
     else:
-        click.echo(
-            f"stopped (pid {pid}); its tasks are kept in {folder}" if stopped else f"no cluster runs on {folder}"
-        )
+        click.echo(f"stopped (pid {pid}); its tasks are kept in {folder}" if stopped else f"no cluster runs on {folder}")
     return Exit.OK
 
 
@@ -54,9 +52,7 @@ def _wait_for_end(folder: Path, pid: int) -> None:
     end_s = time.monotonic() + STOP_S
     while running_pid(folder) == pid:
         if time.monotonic() > end_s:
-            raise RocyardError(
-                f"The cluster (pid {pid}) has not stopped in {STOP_S:g} s; its logs are in {folder}/logs."
-            )
+            raise RocyardError(f"The cluster (pid {pid}) has not stopped in {STOP_S:g} s; its logs are in {folder}/logs.")
         time.sleep(POLL_S)
 
 

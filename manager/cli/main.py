@@ -4,6 +4,7 @@ A command's module is only imported when the command runs, so that help and simp
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -74,9 +75,7 @@ class Root(click.Group):
         assert isinstance(found, click.Command)
         return found
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             import difflib
 
@@ -135,16 +134,17 @@ def _asked_for_json(args: Sequence[str]) -> bool:
 
 def _report(error: RocyardError, *, as_json: bool) -> int:
     from manager.cli.exits import exit_of
-    from manager.cli.text import plain
+    from manager.cli.text import plain, wrapped
 
     code = exit_of(error)
     if as_json:
         body = {"code": error.code, "message": str(error), "exit": int(code), **error.details}
         click.echo(msgspec.json.encode({"error": body}, enc_hook=str).decode(), err=True)
     else:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {plain(str(error))}", err=True)
-        for note in getattr(error, "__notes__", ()):
-            click.echo(plain(note), err=True)
+        texts = [f"error: {plain(str(error))}", *(plain(note) for note in getattr(error, "__notes__", ()))]
+        wide = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+        head, *rest = "\n".join(texts if wide is None else (wrapped(text, wide) for text in texts)).split(":", 1)
+        click.echo(click.style(f"{head}:", fg="red", bold=True) + "".join(rest), err=True)
     return code
 
 

@@ -109,19 +109,14 @@ def _supervisor(
 
 def _wait_until_ready(process: subprocess.Popen[bytes], data: Path, log: Path) -> OwnCluster:
     began_s = time.monotonic()
-    client: Client | None = None
-    try:
-        while time.monotonic() < began_s + START_S:
-            if process.poll() is not None:
-                break
-            with contextlib.suppress(SettingsError, ClusterUnreachable):
-                client = client or Client(find_cluster(None, None, {}, str(data)))
+    while time.monotonic() < began_s + START_S and process.poll() is None:
+        # Read anew each time: the file may still be that of an earlier start, on another port.
+        with contextlib.suppress(SettingsError, ClusterUnreachable):
+            address = find_cluster(None, None, {}, str(data))
+            with Client(address) as client:
                 if _is_ready(client):
-                    return OwnCluster(client.address, process.pid, data, time.monotonic() - began_s)
-            time.sleep(POLL_S)
-    finally:
-        if client is not None:
-            client.close()
+                    return OwnCluster(address, process.pid, data, time.monotonic() - began_s)
+        time.sleep(POLL_S)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
     raise StartError(f"a cluster of its own did not start; 'rocyard up' said:\n{tail}")
 

@@ -8,16 +8,17 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from manager.cli.screens_tasks import STYLES, plain_table
-from manager.cli.text import NONE, ago, bar, count, memory, one_line, plain, seconds
+from manager.cli.text import NONE, ago, bar, memory, one_line, plain, seconds
 from manager.core.lifecycle import TaskStatus
 from manager.core.quantities import format_memory
 from manager.core.requests import ClusterView, DeviceView, KeyView, QueueView, TaskCounts, WorkerState, WorkerView
 
-BAR_WIDTH: Final = 20
+BAR_WIDTH: Final = 16
 QUEUES_SHOWN_MAX: Final = 12
 """The longest ones; a screen holds no more, `--output json` has all."""
 
 _LEASED, _FOREIGN = "█", "▒"
+_MAKERS: Final = frozenset({"AMD", "Instinct", "Radeon", "NVIDIA", "(simulated)"})
 _BAR_STYLES: Final = {_LEASED: "blue", _FOREIGN: "red", "·": "dim"}
 _STATES: Final[dict[WorkerState, str]] = {
     WorkerState.LIVE: "green",
@@ -91,44 +92,52 @@ def _queue_table(queues: Sequence[QueueView], *, tenants: bool) -> RenderableTyp
 
 
 def workers_screen(workers: Sequence[WorkerView]) -> RenderableType:
-    """Every node, and a row for each of its devices."""
+    """Every node, a row for each of its devices, and below what is wrong with any of them."""
     if not workers:
         return Text("No nodes. Start an agent on a machine with devices: rocyard node")
-    table = plain_table("NODE / DEVICE", "", "LEASED", "OF", "USED", "")
+    table = plain_table("NODE / DEVICE", "MEMORY", "LEASED", "OF", "USED", "BUSY")
+    notes: list[RenderableType] = []
     for worker in workers:
-        table.add_row(
-            Text(one_line(worker.node, 24), "bold"),
-            Text.assemble(
-                (worker.state.replace("_", " "), _STATES[worker.state]),
-                (f"  {count(worker.slots, 'slot')}, {worker.tasks_running} running", "dim"),
-            ),
-        )
+        state = (worker.state.replace("_", " "), _STATES[worker.state])
+        running = (f" · {worker.tasks_running} running", "dim")
+        table.add_row(Text(one_line(worker.node, 24), "bold"), Text.assemble(state, running))
         for device in worker.devices:
             table.add_row(*_device_row(device))
-    return table
+            notes += _device_notes(worker.node, device)
+    return Group(table, *notes)
 
 
 def _device_row(device: DeviceView) -> tuple[Text, ...]:
     usable = max(device.usable_bytes, 1)
     shares = ((device.leased_bytes / usable, _LEASED), (device.foreign_bytes / usable, _FOREIGN))
     blocks = Text.assemble(*((text, _BAR_STYLES[character]) for character, text in bar(shares, BAR_WIDTH)))
-    notes = []
-    if device.utilisation_ratio is not None:
-        notes.append(f"{device.utilisation_ratio:.0%} busy")
-    if device.foreign_bytes:
-        notes.append(f"{format_memory(device.foreign_bytes)} foreign")
-    if not device.healthy:
-        notes.append(f"unhealthy: {one_line(device.problem, 60)}")
+    used = NONE if device.used_bytes is None else format_memory(device.used_bytes)
+    busy = NONE if device.utilisation_ratio is None else f"{device.utilisation_ratio:.0%}"
     return (
-        Text(f"  {device.index} {one_line(device.model, 22)}"),
+        Text(f"  {device.index} {short_model(device.model)}"),
         blocks,
         Text(format_memory(device.leased_bytes), "" if device.leased_bytes else "dim"),
         Text(format_memory(device.usable_bytes)),
-        Text(
-            NONE if device.used_bytes is None else format_memory(device.used_bytes), "" if device.used_bytes else "dim"
-        ),
-        Text(", ".join(notes), "" if device.healthy else "red"),
+        Text(used, "" if device.used_bytes else "dim"),
+        Text(busy, "" if device.utilisation_ratio else "dim"),
     )
+
+
+def _device_notes(node: str, device: DeviceView) -> list[RenderableType]:
+    where = f"  {one_line(node, 24)}/{device.index}: "
+    notes: list[RenderableType] = []
+    if not device.healthy:
+        notes.append(Text(f"{where}unhealthy: {one_line(device.problem)}", "red"))
+    if device.foreign_bytes:
+        foreign = f"{where}{format_memory(device.foreign_bytes)} are used by processes that are none of ours"
+        notes.append(Text.assemble(foreign, (f" ({_FOREIGN})", "red")))
+    return notes
+
+
+def short_model(model: str) -> str:
+    """A device's model without its maker's names: ``MI300X``."""
+    words = [word for word in one_line(model).split() if word not in _MAKERS]
+    return one_line(" ".join(words) or model, 18)
 
 
 def keys_table(keys: Sequence[KeyView], now: dt.datetime | None = None) -> RenderableType:

@@ -43,6 +43,11 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+def indented(text: Text) -> RenderableType:
+    """`text`, its broken lines too, two columns to the right."""
+    return Padding(text, (0, 0, 0, 2))
+
+
 def fields(pairs: Sequence[tuple[str, RenderableType]]) -> Table:
     """Names on the left, values on the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, show_edge=False)
@@ -77,9 +82,7 @@ def task_screen(task: TaskView) -> RenderableType:
     """All about one task."""
     counted = [(task.failures, "failure"), (task.crashes, "crash"), (task.losses, "loss")]
     blame = ", ".join(
-        count(number, noun).replace("crashs", "crashes").replace("losss", "losses")
-        for number, noun in counted
-        if number
+        count(number, noun).replace("crashs", "crashes").replace("losss", "losses") for number, noun in counted if number
     )
     pairs: list[tuple[str, RenderableType]] = [
         ("task", Text(task.task_id)),
@@ -97,7 +100,7 @@ def task_screen(task: TaskView) -> RenderableType:
         pairs.insert(5, ("priority", Text(str(task.priority))))
     if not isinstance(task.args, msgspec.UnsetType):
         pairs.append(("arguments", json_text(bytes(task.args))))
-    if task.status is TaskStatus.SUCCEEDED and task.result is not None:
+    if task.status is TaskStatus.SUCCEEDED:
         pairs.append(("result", json_text(bytes(task.result))))
     parts: list[RenderableType] = [fields(pairs)]
     if task.error is not None:
@@ -130,7 +133,7 @@ def json_text(raw: bytes) -> Text:
 def error_text(error: TaskError) -> RenderableType:
     """Why a task failed."""
     head = Text.assemble((f"\n{plain(error.type)}: ", "bold red"), plain(error.message))
-    return Group(head, Padding(Text(plain(error.traceback.rstrip()), "dim"), (0, 0, 0, 2))) if error.traceback else head
+    return Group(head, indented(Text(plain(error.traceback.rstrip()), "dim"))) if error.traceback else head
 
 
 def cancelled_line(answer: Cancelled) -> str:
@@ -171,14 +174,14 @@ def functions_screen(functions: Sequence[FunctionView]) -> RenderableType:
     parts: list[RenderableType] = []
     for function in functions:
         needs = f"{memory(function.memory_bytes, function.gpus)}, at most {format_duration(function.time_limit_s)}"
-        schema = None if function.schema is None else msgspec.json.decode(function.schema)
-        lines = [Text.assemble((plain(function.name), "bold"), (f"  {needs}", "dim"))]
+        schema = msgspec.json.decode(function.schema)
+        lines: list[RenderableType] = [Text.assemble((plain(function.name), "bold"), (f"  {needs}", "dim"))]
         if function.description:
-            lines.append(Text(f"  {one_line(function.description)}"))
+            lines.append(indented(Text(one_line(function.description))))
         arguments = ", ".join(arguments_of(schema if isinstance(schema, dict) else None))
         if arguments:
-            lines.append(Text(f"  {arguments}", "cyan"))
+            lines.append(indented(Text(arguments, "cyan")))
         if function.problem:
-            lines.append(Text(f"  cannot be used: {one_line(function.problem)}", "red"))
+            lines.append(indented(Text(f"cannot be used: {one_line(function.problem)}", "red")))
         parts += [*lines, Text()]
     return Group(*parts[:-1])

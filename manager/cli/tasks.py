@@ -20,9 +20,7 @@ _tenant = click.option("--tenant", help="Whose it is, where it is another tenant
 @command("submit", client=True)
 @click.argument("function")
 @click.argument("args", default="{}")
-@click.option(
-    "-m", "--memory", metavar="SIZE", help="Memory on each device, such as 24GiB; else the function's default."
-)
+@click.option("-m", "--memory", metavar="SIZE", help="Memory on each device, such as 24GiB; else the function's default.")
 @click.option("-g", "--gpus", type=click.IntRange(min=1), help="Devices, all on one node; else the function's default.")
 @click.option("-p", "--priority", type=click.IntRange(-10, 10), default=0, help="Higher first; 0 if left out.")
 @click.option("--max-attempts", type=click.IntRange(1, 100), default=1, help="Runs it may have if it fails; 1.")

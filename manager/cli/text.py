@@ -2,6 +2,7 @@
 
 import datetime as dt
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -20,15 +21,22 @@ def plain(text: str) -> str:
 
 def coloured(text: str) -> str:
     """As `plain`, but escapes that only set colours stay: programs that write logs do that."""
-    return "".join(
-        part if _COLOUR.fullmatch(part) else plain(part.replace("\r\n", "\n")) for part in _COLOUR.split(text)
-    )
+    return "".join(part if _COLOUR.fullmatch(part) else plain(part.replace("\r\n", "\n")) for part in _COLOUR.split(text))
 
 
 def one_line(text: str, width: int = 200) -> str:
     """`text` in one line of at most `width` characters."""
     line = " ".join(plain(text).split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def wrapped(text: str, width: int) -> str:
+    """`text` with its long lines broken between words; indented ones are code, and stay."""
+    lines = (
+        line if len(line) <= width or line.startswith(" ") else textwrap.fill(line, width, break_on_hyphens=False)
+        for line in text.split("\n")
+    )
+    return "\n".join(lines)
 
 
 def ago(moment: dt.datetime | None, now: dt.datetime) -> str:

@@ -178,9 +178,7 @@ def _ranked(shape: Shape, view: NodeView, silent: frozenset[str]) -> tuple[tuple
     if isinstance(place(shape, alone), Placed):
         return (0, 0, 0, view.name), WorkerVerdict(view.name, "Fits", 0, "it fits there now")
     said = verdict(shape, view)
-    found = WorkerVerdict(
-        view.name, said.reason.value, said.short_bytes, _detail(said.reason, said.short_bytes, shape, view)
-    )
+    found = WorkerVerdict(view.name, said.reason.value, said.short_bytes, _detail(said.reason, said.short_bytes, shape, view))
     temporary = said.reason in {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY}
     return (1 if temporary else 2, _HOPE[said.reason] if not temporary else 0, said.short_bytes, view.name), found
 

@@ -13,6 +13,7 @@ import msgspec
 
 from manager.core.devices import Device
 from manager.core.model import ClusterState, DeviceUse
+from manager.core.quantities import MEMORY_BYTES_MAX
 from manager.core.shapes import Shape
 
 
@@ -264,21 +265,37 @@ def place(shape: Shape, index: Index, demand: Demand = NO_DEMAND) -> Placed | Un
 
 def find(shape: Shape, index: Index) -> Grant | None:
     """Best fit: the node and devices with the least free memory that still hold the shape; ties by name. None: no room."""
+    if shape.gpus == 1:
+        return _find_one(shape.memory_bytes, index)
     memory_bytes, gpus = shape.memory_bytes, shape.gpus
     best: tuple[int, str, tuple[str, ...]] | None = None
     for name, view in index.nodes.items():
         if not view.placeable or len(view.pools) < gpus:
             continue
-        fitting = [
-            (pool.free_bytes, pool.uuid) for pool in view.pools.values() if pool.free_bytes >= memory_bytes and pool.healthy
-        ]
-        if len(fitting) < gpus:
-            continue
-        chosen = [min(fitting)] if gpus == 1 else sorted(fitting)[:gpus]
-        candidate = (sum(free for free, _ in chosen), name, tuple(uuid for _, uuid in chosen))
-        if best is None or candidate < best:
-            best = candidate
+        pools = view.pools.values()
+        fitting = [(pool.free_bytes, pool.uuid) for pool in pools if pool.free_bytes >= memory_bytes and pool.healthy]
+        if len(fitting) >= gpus:
+            chosen = sorted(fitting)[:gpus]
+            candidate = (sum(free for free, _ in chosen), name, tuple(uuid for _, uuid in chosen))
+            if best is None or candidate < best:
+                best = candidate
     return None if best is None else Grant(best[1], best[2], memory_bytes)
+
+
+def _find_one(memory_bytes: int, index: Index) -> Grant | None:
+    """`find` for one device: nearly all requests, and a round over a large cluster makes thousands."""
+    best_bytes, best = MEMORY_BYTES_MAX + 1, ("", "")
+    for name, view in index.nodes.items():
+        if view.placeable:
+            for pool in view.pools.values():
+                free_bytes = pool.free_bytes
+                if (
+                    memory_bytes <= free_bytes <= best_bytes
+                    and pool.healthy
+                    and (free_bytes < best_bytes or (name, pool.uuid) < best)
+                ):
+                    best_bytes, best = free_bytes, (name, pool.uuid)
+    return None if best_bytes > MEMORY_BYTES_MAX else Grant(best[0], (best[1],), memory_bytes)
 
 
 def verdict(shape: Shape, view: NodeView) -> Verdict:

@@ -25,7 +25,7 @@ BUSY_COST: Final = 1e6
 """Ending a busy slot at its task boundary costs more than ending any number of idle ones on a device."""
 RESIDENT_COST: Final = 1e12
 """And waiting until a slot has been there for long enough, more than ending any number of busy ones."""
-SEARCHES_MAX: Final = 32
+SEARCHES_MAX: Final = 16
 """Held shapes that get victims in one round; the others follow a quarter of a second later. Bounds a round's time."""
 AGAIN_S: Final = 0.25
 NEVER: Final = 2**31
@@ -287,13 +287,13 @@ def _closes(
 
 
 class _Candidate(msgspec.Struct, frozen=True):
-    """A slot that may have to end for another shape: `cost` before it is asked for whom; `idle` may always go."""
+    """A slot that may have to end for another shape. `rank` is of what waits behind it, None where nothing does."""
 
     slot_id: str
     shape_id: str
     cost: float
     idle: bool
-    rank: int
+    rank: int | None
 
 
 def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limits: Limits) -> _Candidate | None:
@@ -304,7 +304,7 @@ def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limit
     if slot.status is not SlotStatus.OPEN or slot.flag is not SlotFlag.NONE or slot.opened_ms is None:
         return None
     own = queues.get(slot.shape_id)
-    rank = 2**9 if own is None else _priority_rank(own)
+    rank = None if own is None or own.depth == 0 else _priority_rank(own)
     if slot.idle_ms is not None and slot.running == 0:
         idle_s = max(0.0, (now_ms - slot.idle_ms) / 1000)
         return _Candidate(slot.slot_id, slot.shape_id, 1.0 / (1.0 + idle_s), idle=True, rank=rank)
@@ -319,12 +319,13 @@ def _costs(candidates: Sequence[_Candidate], wanting: QueueRow, vtimes: Mapping[
     """What each slot costs that may be asked to end for `wanting`.
 
     An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower, or
-    equal while its shape has had more than the one that waits.
+    if its shape has had more than the one that waits, and nothing of a higher priority waits behind it.
     """
     rank, had = _priority_rank(wanting), vtimes.get(wanting.shape_id, 0.0)
-    return {
-        c.slot_id: c.cost
-        for c in candidates
-        if c.shape_id != wanting.shape_id
-        and (c.idle or rank < c.rank or (rank == c.rank and vtimes.get(c.shape_id, 0.0) > had))
-    }
+
+    def may_go(c: _Candidate) -> bool:
+        if c.idle or (c.rank is not None and rank < c.rank):
+            return True
+        return (c.rank is None or rank == c.rank) and vtimes.get(c.shape_id, 0.0) > had
+
+    return {c.slot_id: c.cost for c in candidates if c.shape_id != wanting.shape_id and may_go(c)}

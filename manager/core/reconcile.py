@@ -36,7 +36,7 @@ def repairs(state: ClusterState, on_dask: Mapping[str, tuple[str, str]], open_de
 
     Args:
         state: the store's slots and nodes.
-        on_dask: slot → (held | placed | leased, node).
+        on_dask: slot → (held | placing | placed | leased, node); ``placing`` is ``placed`` just now.
         open_deadline_s: a slot that Dask has placed must be open within this time of having been requested.
     """
     resubmit: list[Resubmit] = []
@@ -47,7 +47,8 @@ def repairs(state: ClusterState, on_dask: Mapping[str, tuple[str, str]], open_de
         where, node = on_dask.get(slot.slot_id, ("", ""))
         if slot.status is SlotStatus.REQUESTED:
             late = state.now_ms - slot.requested_ms > open_deadline_s * 1000
-            if where in ("placed", "leased") and (node in fenced or late):
+            # One that was held for longer than the deadline, and is placed at last, is not late.
+            if where in ("placing", "placed", "leased") and (node in fenced or (late and where != "placing")):
                 drop.append(slot.slot_id)
             elif not where:
                 resubmit.append(Resubmit(slot, ""))

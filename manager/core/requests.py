@@ -33,6 +33,8 @@ Arguments = Annotated[
     msgspec.Raw,
     msgspec.Meta(description="The function's keyword arguments.", extra_json_schema={"type": "object"}),
 ]
+AnyJson = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={})]
+"""Any JSON, undecoded. (As one of a union, msgspec would not take it.)"""
 Time = Annotated[dt.datetime, msgspec.Meta(tz=True)]
 TaskId = Annotated[str, msgspec.Meta(description="26 characters, 0-9 and a-z; sorts by the time it was made.")]
 
@@ -40,6 +42,11 @@ TaskId = Annotated[str, msgspec.Meta(description="26 characters, 0-9 and a-z; so
 def no_arguments() -> msgspec.Raw:
     """An empty JSON object."""
     return msgspec.Raw(b"{}")
+
+
+def no_result() -> msgspec.Raw:
+    """JSON's null."""
+    return msgspec.Raw(b"null")
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -145,7 +152,7 @@ class TaskView(TaskSummary, frozen=True, kw_only=True):
     Attributes:
         memory_bytes: on each device, as asked for.
         args: only where ``?args=true`` asks for them.
-        result: what the function returned, once it has.
+        result: what the function returned, once it has; null until then.
     """
 
     memory_bytes: int
@@ -155,7 +162,7 @@ class TaskView(TaskSummary, frozen=True, kw_only=True):
     time_limit_s: float
     cancel_requested: bool = False
     args: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    result: msgspec.Raw | None = None
+    result: AnyJson = msgspec.field(default_factory=no_result)
 
 
 class TaskPage(msgspec.Struct, frozen=True):
@@ -190,7 +197,7 @@ class FunctionView(msgspec.Struct, frozen=True, kw_only=True):
     """A function that tasks may name.
 
     Attributes:
-        schema: JSON Schema of its arguments.
+        schema: JSON Schema of its arguments; null where it cannot be used.
         problem: why it cannot be used at the moment, else empty.
     """
 
@@ -199,7 +206,7 @@ class FunctionView(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     gpus: int
     time_limit_s: float
-    schema: msgspec.Raw | None = None
+    schema: AnyJson = msgspec.field(default_factory=no_result)
     problem: str = ""
 
 
@@ -495,5 +502,5 @@ def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
         time_limit_s=spec.time_limit_s,
         cancel_requested=record.cancel_requested,
         args=spec.args if with_args else msgspec.UNSET,
-        result=None if record.result is None else msgspec.Raw(record.result),
+        result=msgspec.Raw(b"null" if record.result is None else record.result),
     )

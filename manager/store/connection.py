@@ -1,15 +1,14 @@
 """One connection to Redis or Valkey that pipelines by itself, bounds every call and reconnects.
 
 Calls made in the same turn of the event loop leave in one write, and their answers come back in order: a busy process
-needs one connection and no pool. Every call has a deadline; a connection that misses one is cut, since what follows on it
-would be late as well. A call is sent once: whether to send it again is the caller's decision (every function of the library
-is idempotent, so `Store` does).
+needs one connection and no pool. Every call has a deadline, which connecting counts against; a connection that misses a
+whole one is cut, since what follows on it would be late as well. A call is sent once: whether to send it again is the
+caller's decision (every function of the library is idempotent, so `Store` does, within the same deadline).
 
 It must not know any key or any function of ours.
 """
 
 import asyncio
-import contextlib
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from urllib.parse import urlsplit
 
 import hiredis
 from redis.connection import parse_url
-from redis.exceptions import RedisError
 
 from manager.core.errors import SettingsError, StoreFull, StoreUnavailable
 
@@ -26,6 +24,10 @@ RECONNECT_S_MAX: Final = 0.5
 """A store that restarts is back within a second; one attempt each half second per process is no storm."""
 PENDING_MAX: Final = 20_000
 """Calls under way at once, above which a caller is refused: memory stays bounded when the store is slow."""
+UNSENT_BYTES_MAX: Final = 256 * 1024 * 1024
+"""The same bound in bytes: calls may be large."""
+PING_S: Final = 5.0
+"""A subscriber that has heard nothing for so long asks whether the store is still there."""
 
 
 class StoreReplyError(Exception):
@@ -43,11 +45,15 @@ class _Protocol(asyncio.Protocol):
         self.waiting: deque[asyncio.Future[Any]] = deque()
         self.transport: asyncio.Transport | None = None
         self.push: Callable[[Any], None] | None = None
+        self.heard = False
+        self.lost = False
+        self.outgoing: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
 
     def data_received(self, data: bytes) -> None:
+        self.heard = True
         reader = self.reader
         reader.feed(data)
         while True:
@@ -60,16 +66,39 @@ class _Protocol(asyncio.Protocol):
                 future = self.waiting.popleft()
                 if not future.done():
                     if isinstance(reply, StoreReplyError):
-                        future.set_exception(reply)
+                        _fail(future, reply)
                     else:
                         future.set_result(reply)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.owner._lost(self)
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        self.lost = True
+        self.owner._lost(self)  # noqa: SLF001  # the two are one thing
         while self.waiting:
-            future = self.waiting.popleft()
-            if not future.done():
-                future.set_exception(StoreUnavailable())
+            _fail(self.waiting.popleft(), StoreUnavailable("the connection to the store broke; nothing is known of the call"))
+
+    def send(self, command: bytes) -> None:
+        """Send it at the end of this turn of the loop, with whatever else is sent in it."""
+        if not self.outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self.outgoing.append(command)
+
+    def _flush(self) -> None:
+        data, self.outgoing = b"".join(self.outgoing), []
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def unsent_bytes(self) -> int:
+        return self.transport.get_write_buffer_size() if self.transport is not None else 0
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # a caller that is cancelled in this very moment never asks; that is no news for the log
 
 
 class StoreConnection:
@@ -84,18 +113,15 @@ class StoreConnection:
 
     def __init__(self, url: str, deadline_s: float, name: str, on_reconnect: Callable[[], None] | None = None) -> None:
         try:
-            self._options = dict(parse_url(url))
+            self._options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
         except ValueError as error:
             scheme = urlsplit(url).scheme or "nothing"
-            raise SettingsError(
-                f"store.url: {error} (its scheme is {scheme!r}; use redis://, rediss:// or unix://)"
-            ) from None
-        self._deadline_s = deadline_s
+            raise SettingsError(f"store.url: {error} (its scheme is {scheme!r}; use redis://, rediss:// or unix://)") from None
+        self.deadline_s = deadline_s
         self._name = name
         self._on_reconnect = on_reconnect
         self._protocol: _Protocol | None = None
         self._connecting: asyncio.Task[_Protocol] | None = None
-        self._outgoing: list[bytes] = []
         self._connected_before = False
         self._closed = False
         self._last_failure_at = 0.0
@@ -114,82 +140,97 @@ class StoreConnection:
             StoreReplyError: any other error answer.
         """
         loop = asyncio.get_running_loop()
-        limit = self._deadline_s if deadline_s is None else deadline_s
+        limit = self.deadline_s if deadline_s is None else deadline_s
+        # Before anything waits for an answer: what cannot be packed is never sent, and would shift all answers by one.
+        command = hiredis.pack_command(args)
         protocol = self._protocol
         if protocol is None:
+            began_s = loop.time()
             protocol = await self._connect_within(limit)
-        if len(protocol.waiting) >= PENDING_MAX:
+            limit = max(0.0, limit - (loop.time() - began_s))
+        if protocol.lost:
+            raise StoreUnavailable("the connection to the store broke")
+        if len(protocol.waiting) >= PENDING_MAX or protocol.unsent_bytes() > UNSENT_BYTES_MAX:
             raise StoreUnavailable("too many calls wait for the store")
         future: asyncio.Future[Any] = loop.create_future()
         protocol.waiting.append(future)
-        self._write(loop, protocol, hiredis.pack_command(args))
+        protocol.send(command)
+        # Who had less than a whole deadline left has not shown that the connection is dead.
+        cut = limit >= self.deadline_s
         # A timer handle is half the cost of asyncio.timeout, and this is the hottest line of the product.
-        timer = loop.call_later(limit, self._expire, protocol, future)
+        timer = loop.call_later(limit, self._expire, protocol, future, cut)
         try:
             return await future
         except StoreReplyError as error:
+            if error.code in _MISPLACED:
+                protocol.abort()  # the store's address may lead to another server by now
             raise _translated(error) from None
         finally:
             timer.cancel()
 
-    def _write(self, loop: asyncio.AbstractEventLoop, protocol: _Protocol, data: bytes) -> None:
-        if not self._outgoing:
-            loop.call_soon(self._flush, protocol)
-        self._outgoing.append(data)
-
-    def _flush(self, protocol: _Protocol) -> None:
-        data, self._outgoing = b"".join(self._outgoing), []
-        if protocol.transport is not None and not protocol.transport.is_closing():
-            protocol.transport.write(data)
-
-    def _expire(self, protocol: _Protocol, future: asyncio.Future[Any]) -> None:
+    def _expire(self, protocol: _Protocol, future: asyncio.Future[Any], cut: bool) -> None:
         if not future.done():
-            future.set_exception(StoreUnavailable("the store did not answer in time; nothing is known of the call"))
-            if protocol.transport is not None:
-                protocol.transport.abort()
+            _fail(future, StoreUnavailable("the store did not answer in time; nothing is known of the call"))
+            if cut:
+                protocol.abort()
 
     def _lost(self, protocol: _Protocol) -> None:
         if self._protocol is protocol:
             self._protocol = None
-            self._outgoing = []
 
     async def _connect_within(self, limit: float) -> _Protocol:
         if self._closed:
             raise StoreUnavailable("the connection was closed")
-        if self._connecting is None or self._connecting.done():
-            self._connecting = asyncio.create_task(self._connect())
+        connecting = self._connecting
+        if connecting is None or connecting.done():
+            connecting = self._connecting = asyncio.create_task(self._connect())
+            connecting.add_done_callback(_retrieve)
+        # It serves all who wait: neither a caller's deadline nor its cancellation ends it.
+        await asyncio.wait({connecting}, timeout=limit)
+        if not connecting.done():
+            raise StoreUnavailable("the store cannot be reached: no connection in time")
         try:
-            return await asyncio.wait_for(asyncio.shield(self._connecting), limit)
-        except (OSError, TimeoutError, RedisError, StoreReplyError) as error:
-            raise StoreUnavailable(f"the store cannot be reached: {str(error) or type(error).__name__}") from None
+            return connecting.result()
+        except StoreReplyError as error:
+            raise _translated(error) from None
+        except asyncio.CancelledError:
+            raise StoreUnavailable("the connection was closed") from None
+        except OSError as error:  # TimeoutError is one
+            raise StoreUnavailable(f"the store cannot be reached: {str(error) or 'no answer in time'}") from None
 
     async def _connect(self) -> _Protocol:
         loop = asyncio.get_running_loop()
         pause = self._last_failure_at + RECONNECT_S_MAX - loop.time()
         if pause > 0:
             await asyncio.sleep(pause)
+        protocol: _Protocol | None = None
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(self.deadline_s):
                 protocol = await self._open()
                 for command in self._greeting():
-                    future: asyncio.Future[Any] = loop.create_future()
-                    protocol.waiting.append(future)
-                    assert protocol.transport is not None
-                    protocol.transport.write(hiredis.pack_command(command))
-                    try:
-                        await future
-                    except StoreReplyError:
-                        if command[0] != "CLIENT":  # a name is for people; a user may lack the right to give itself one
-                            raise
+                    await self._greet(protocol, command)
         except BaseException:
             self._last_failure_at = loop.time()
+            if protocol is not None:
+                protocol.abort()
             raise
         self._protocol = protocol
-        self._outgoing = []
         if self._connected_before and self._on_reconnect is not None:
             self._on_reconnect()
         self._connected_before = True
         return protocol
+
+    async def _greet(self, protocol: _Protocol, command: tuple[Any, ...]) -> None:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        protocol.waiting.append(future)
+        assert protocol.transport is not None
+        protocol.transport.write(hiredis.pack_command(command))
+        try:
+            await future
+        except StoreReplyError as error:
+            # A name is for people, and a user may lack the right to give itself one.
+            if command[0] != "CLIENT" or error.code in _STRANGERS:
+                raise
 
     async def _open(self) -> _Protocol:
         loop = asyncio.get_running_loop()
@@ -207,9 +248,9 @@ class StoreConnection:
         )
         return protocol
 
-    def _greeting(self) -> list[tuple[str, ...]]:
+    def _greeting(self) -> list[tuple[Any, ...]]:
         options = self._options
-        commands: list[tuple[str, ...]] = []
+        commands: list[tuple[Any, ...]] = []
         if password := options.get("password"):
             commands.append(("AUTH", options.get("username") or "default", password))
         if options.get("db"):
@@ -223,7 +264,7 @@ class StoreConnection:
         Raises:
             StoreUnavailable: the connection could not be made, or broke.
         """
-        protocol = await self._connect_within(self._deadline_s)
+        protocol = await self._connect_within(self.deadline_s)
         broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         subscribed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -240,24 +281,46 @@ class StoreConnection:
         protocol.push = receive
         protocol.waiting.append(broken)
         assert protocol.transport is not None
-        protocol.transport.write(hiredis.pack_command(("SUBSCRIBE", *channels)))
-        await broken
+        try:
+            command: tuple[Any, ...] = ("SUBSCRIBE", *channels)
+            protocol.transport.write(hiredis.pack_command(command))
+            while True:
+                protocol.heard = False
+                await asyncio.wait({broken}, timeout=PING_S)
+                if broken.done():
+                    broken.result()
+                # Silence is no sign: the store may have gone without a word, and would be waited for forever.
+                if not protocol.heard:
+                    protocol.transport.write(hiredis.pack_command(("PING",)))
+                    await asyncio.wait({broken}, timeout=self.deadline_s)
+                    if not protocol.heard:
+                        raise StoreUnavailable("the store no longer answers its subscriber")
+        finally:
+            protocol.abort()  # a connection that has subscribed is good for nothing else
 
     async def close(self) -> None:
         """Close for good."""
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._connecting
+            await asyncio.wait({self._connecting})
         if self._protocol is not None and self._protocol.transport is not None:
             self._protocol.transport.close()
 
 
-_UNAVAILABLE: Final = frozenset({"LOADING", "MISCONF", "READONLY", "MASTERDOWN", "BUSY", "NOREPLICAS", "CLUSTERDOWN"})
+_MISPLACED: Final = frozenset({"READONLY", "MASTERDOWN"})
+_STRANGERS: Final = frozenset({"NOAUTH", "WRONGPASS"})
+_UNAVAILABLE: Final = _MISPLACED | {"LOADING", "MISCONF", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"}
+
+
+def _retrieve(task: asyncio.Task[_Protocol]) -> None:
+    if not task.cancelled():
+        task.exception()  # who waited has its own error; where nobody did, nobody need hear of it
 
 
 def _translated(error: StoreReplyError) -> Exception:
+    if error.code in _STRANGERS:
+        return StoreUnavailable(f"the store refuses this user or password, see store.url ({error})")
     if error.code == "OOM" or "OOM" in str(error)[:200]:
         return StoreFull()
     if error.code in _UNAVAILABLE:

@@ -151,6 +151,11 @@ def _queue(row: list[Any]) -> QueueRow:
 
 def _node(row: list[Any]) -> NodeRow:
     node, incarnation, beat, info, fenced, left, uses, seen, address = row
+    try:
+        readings = _uses(uses) if uses else ()
+        read_ms = _ms(seen)
+    except (msgspec.MsgspecError, ValueError):  # a Dask worker may write what it likes there: it spoils its own node only
+        readings, read_ms = (), None
     return NodeRow(
         node=node.decode(),
         incarnation=_text(incarnation),
@@ -158,9 +163,9 @@ def _node(row: list[Any]) -> NodeRow:
         info=_info(info),
         fenced=bool(fenced) and fenced == incarnation,
         left=left == b"1",
-        uses=_uses(uses) if uses else (),
-        uses_ms=_ms(seen),
-        address=_text(address),
+        uses=readings,
+        uses_ms=read_ms,
+        address=(address or b"").decode(errors="replace"),
     )
 
 

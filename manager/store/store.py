@@ -1,8 +1,11 @@
 """The store's face: one typed method per function of the library, and the few plain records beside it.
 
-Every function is idempotent, so a call whose answer was lost is sent once more before the caller hears of it.
+Every function is idempotent, so a call whose answer was lost is sent once more before the caller hears of it, in what is
+left of its deadline: no call takes longer than the connection's deadline, however often it is sent.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from manager.core.errors import QuotaExceeded, StoreUnavailable
+from manager.core.errors import QuotaExceeded, StoreFull, StoreUnavailable
 from manager.core.keys import SCHEMA_VERSION, Keys
 from manager.core.lifecycle import SlotFlag, TaskStatus
 from manager.core.model import (
@@ -35,9 +38,16 @@ from manager.store.connection import StoreConnection, StoreReplyError
 IDS_MAX: Final = 500
 """Ids in one call: a function holds up everybody else for as long as it runs."""
 
+SECONDS_MAX: Final = 10 * 366 * 86_400.0
+
 _encode_spec = msgspec.json.Encoder().encode
 _encode_uses = msgspec.json.Encoder().encode
 _decode_spec = msgspec.json.Decoder(TaskSpec).decode
+
+
+def _milliseconds(seconds: float) -> float:
+    """`seconds` in bounds: durations come from executors, which run user code and may say anything."""
+    return min(seconds, SECONDS_MAX) * 1000 if seconds > 0 else 0.0  # not so for NaN
 
 
 def library_source() -> str:
@@ -60,20 +70,23 @@ class Store:
 
     async def _run(self, function: str, *args: Any) -> Any:
         try:
-            return await self.connection.call("FCALL", function, 1, self.keys.prefix, *args)
-        except StoreUnavailable:
-            return await self.connection.call("FCALL", function, 1, self.keys.prefix, *args)
+            return await self._raw("FCALL", function, 1, self.keys.prefix, *args)
         except StoreReplyError as error:
             if "Function not found" not in str(error):
                 raise
             await self.deploy()
-            return await self.connection.call("FCALL", function, 1, self.keys.prefix, *args)
+            return await self._raw("FCALL", function, 1, self.keys.prefix, *args)
 
     async def _raw(self, *args: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         try:
             return await self.connection.call(*args)
         except StoreUnavailable:
-            return await self.connection.call(*args)
+            left_s = self.connection.deadline_s - (loop.time() - began_s)
+            if left_s <= 0:
+                raise
+        return await self.connection.call(*args, deadline_s=left_s)
 
     # --- deployment ---------------------------------------------------------------------------------------------
 
@@ -111,6 +124,7 @@ class Store:
             StoreUnavailable, StoreFull: nothing is known of the call, or it was refused.
         """
         assert 0 < len(submissions) <= IDS_MAX
+        assert len({s.task_id for s in submissions}) == len(submissions)
         shapes = {s.shape_id: s.shape for s in submissions}
         args: list[Any] = [tenant, active_max, len(shapes)]
         for shape_id, shape in shapes.items():
@@ -120,6 +134,8 @@ class Store:
             offset = priority_offset(spec.priority)
             args += (s.task_id, s.shape_id, offset, spec.max_attempts, spec.function, _encode_spec(spec))
         reply = await self._run("ry_submit", *args)
+        if reply[0] == b"EXISTS":
+            raise ValueError(f"a task with the id of one of these exists, and is not of {tenant}")
         if reply[0] == b"QUOTA":
             raise QuotaExceeded(
                 f"the tenant has {reply[1]} unfinished tasks; with {len(submissions)} more it would pass its limit of "
@@ -154,8 +170,9 @@ class Store:
         return out or b"", err or b"", int(dropped or 0)
 
     async def keep_log(self, task_id: str, attempt: int, stdout: bytes, stderr: bytes, dropped: int) -> None:
-        """Keep what an attempt has written so far."""
-        await self._run("ry_log", task_id, attempt, stdout, stderr, dropped)
+        """Keep what an attempt has written so far. A full store keeps no logs: ends must pass, and they come behind."""
+        with contextlib.suppress(StoreFull):
+            await self._run("ry_log", task_id, attempt, stdout, stderr, dropped)
 
     async def events(self, after: str, block_ms: int) -> tuple[str, list[TaskEvent]]:
         """Ends of tasks after the stream id `after` (``$``: from now on). Blocks its connection: give it one of its own."""
@@ -186,14 +203,13 @@ class Store:
         for end in ends:
             args += (
                 *(end.task_id, end.attempt, end.outcome.value, end.payload),
-                "" if end.age_s is None else int(end.age_s * 1000),
-                "" if end.duration_s is None else f"{end.duration_s * 1000:.3f}",
+                "" if end.age_s is None else int(_milliseconds(end.age_s)),
+                "" if end.duration_s is None else f"{_milliseconds(end.duration_s):.3f}",
                 f"{end.chance:.6f}",
             )
         word, commits, flat = await self._run("ry_next", *args)
         claims = tuple(
-            Claim(flat[i].decode(), flat[i + 1], flat[i + 2] == b"1", _decode_spec(flat[i + 3]))
-            for i in range(0, len(flat), 4)
+            Claim(flat[i].decode(), flat[i + 1], flat[i + 2] == b"1", _decode_spec(flat[i + 3])) for i in range(0, len(flat), 4)
         )
         return NextReply(word.decode(), tuple(TaskStatus(c.decode()) if c else None for c in commits), claims)
 
@@ -201,7 +217,7 @@ class Store:
         """Executors have taken these (task, attempt, seconds ago)."""
         args: list[Any] = []
         for task_id, attempt, age_s in tasks:
-            args += (task_id, attempt, int(age_s * 1000))
+            args += (task_id, attempt, int(_milliseconds(age_s)))
         await self._run("ry_started", slot_id, incarnation, *args)
 
     async def close_slot(self, slot_id: str, incarnation: str, reason: str) -> None:
@@ -212,9 +228,7 @@ class Store:
         """Register an agent; all that earlier incarnations of the node held ends. False: this incarnation is fenced."""
         return bool(await self._run("ry_register", node, incarnation, msgspec.json.encode(info)) == b"OK")
 
-    async def beat(
-        self, node: str, incarnation: str, slots: Iterable[tuple[str, bool]]
-    ) -> tuple[bool, list[tuple[str, str]]]:
+    async def beat(self, node: str, incarnation: str, slots: Iterable[tuple[str, bool]]) -> tuple[bool, list[tuple[str, str]]]:
         """One heartbeat of an agent with its slots (id, idle).
 
         Returns:

@@ -24,7 +24,7 @@ from manager.core.ids import new_id
 from manager.core.model import DeviceUse, NodeInfo
 from manager.core.placement import Grant
 from manager.log import get_logger
-from manager.metrics import LOOP_ERRORS
+from manager.metrics import LOOP_ERRORS, SLOTS
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
 from plugins.node.attribution import attribute
@@ -406,6 +406,7 @@ class Agent:
         )
         self._device_metrics.show(self.devices, self.uses, leases)
         self._mind_leases()
+        SLOTS.labels(status="live").set(len(self.runners))
 
     def _mind_leases(self) -> None:
         """End what takes more than its lease, seen twice in a row."""

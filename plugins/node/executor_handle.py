@@ -64,9 +64,7 @@ class Executor:
         exited: resolved when all is over, after `on_exit`.
     """
 
-    def __init__(
-        self, process: ExecutorProcess, on_done: OnDone, on_exit: OnExit, on_described: OnDescribed | None
-    ) -> None:
+    def __init__(self, process: ExecutorProcess, on_done: OnDone, on_exit: OnExit, on_described: OnDescribed | None) -> None:
         loop = asyncio.get_running_loop()
         self.pid, self.guard_pid, self.python = 0, process.guard.pid, ""
         self.exited: asyncio.Future[Exit] = loop.create_future()
@@ -78,6 +76,7 @@ class Executor:
         self._calls: deque[tuple[int, wire.Call]] = deque()  # numbered; not done, not taken back
         self._sent_count = 0
         self._asked = self._ended = False
+        self._handed_out = False  # until then its end is an error of `start`, not an event
         self._socket_fd = process.socket.fileno()
         loop.add_reader(process.pidfd, self._on_ended)
         loop.add_reader(self._socket_fd, self._on_readable)
@@ -126,6 +125,9 @@ class Executor:
         except asyncio.CancelledError:
             executor.kill()
             raise
+        if executor._ended:
+            raise _start_error(executor.exited.result(), executor._process.python)
+        executor._handed_out = True
         return executor
 
     @property
@@ -290,7 +292,7 @@ class Executor:
         process.close()
         if not self._ready.done():
             self._ready.set_exception(_start_error(end, process.python))
-        elif not self._ready.cancelled():
+        if self._handed_out:
             self._call_back(self._on_exit, end)
         self.exited.set_result(end)
 

@@ -88,9 +88,7 @@ def load_functions(
     for point in entry_points(group=ENTRY_POINT_GROUP) if installed is None else installed:
         origin = f"entry point {point.name!r} of {point.dist.name if point.dist is not None else 'a package'}"
         if point.name in origins and point.name not in configured:
-            raise SettingsError(
-                f"{origin} and {origins[point.name]} have one name: set functions.{point.name} to choose"
-            )
+            raise SettingsError(f"{origin} and {origins[point.name]} have one name: set functions.{point.name} to choose")
         origins[point.name] = origin
         specs[point.name] = _spec(point.name, FunctionSettings(target=point.value), origin)
     specs |= {name: _spec(name, settings, f"functions.{name}") for name, settings in configured.items()}
@@ -117,9 +115,7 @@ async def described(
     environments: dict[str, list[FunctionSpec]] = {}
     for spec in specs.values():
         environments.setdefault(environment_id(spec), []).append(spec)
-    answers = await asyncio.gather(
-        *(_described_together(group, deadline_s, environ) for group in environments.values())
-    )
+    answers = await asyncio.gather(*(_described_together(group, deadline_s, environ) for group in environments.values()))
     found = {name: answer for group in answers for name, answer in group.items()}
     return {
         name: msgspec.structs.replace(spec, schema=found[name].schema, doc=found[name].doc, error=found[name].error)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,6 +201,12 @@ class Cluster:
         kept = json.loads((self.directory / "data" / "store.json").read_text())
         return f"redis://rocyard:{kept['password']}@127.0.0.1:{kept['port']}/0"
 
+    def dask_address(self) -> str:
+        """Where the Dask scheduler listens, as the screen says."""
+        found = re.search(r"Dask scheduler and placement, (\S+)", self.output.read_text())
+        assert found is not None
+        return f"tcp://{found[1]}"
+
     def state(self) -> ClusterState:
         """One look at the store."""
         return self.with_store(lambda store: store.look(leader=False))
@@ -229,7 +236,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         views = []
         for task in tasks:
-            view = task.wait(max(0.1, deadline - time.monotonic()))
+            view = self.client.wait(task.task_id, max(0.1, deadline - time.monotonic()))
             assert view.status in FINAL, f"{task.task_id} is {view.status} after {timeout_s} s"
             views.append(view)
         return views

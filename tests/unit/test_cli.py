@@ -72,7 +72,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     server = Server()
-    address = ClusterAddress("http://127.0.0.1:1", Secret("ry_secret"), "a test")
+    address = ClusterAddress("http://127.0.0.1:1", Secret("ry_secret"), "a test", "a test")
     monkeypatch.setattr(Session, "client", lambda _: Client(address, transport=httpx.MockTransport(server.handle)))
     return server
 

@@ -52,7 +52,7 @@ def device(**changes):
         "uuid": "GPU-1",
         "index": 0,
         "vendor": "amd",
-        "model": "AMD Instinct MI300X",
+        "model": "AMD Instinct MI300X (simulated)",
         "architecture": "gfx942",
         "memory_bytes": 192 * GIB,
         "usable_bytes": 191 * GIB,
@@ -126,8 +126,9 @@ def test_a_screen_fits_eighty_columns(name):
     assert max(map(len, lines)) <= 80
 
 
-def test_ids_are_never_cut():
+def test_ids_and_sizes_are_never_cut():
     assert "01arz3ndektsv4rrffq69g5fav" in shown(SCREENS["task list"]())
+    assert "…" not in shown(SCREENS["workers"]())
 
 
 @pytest.mark.parametrize(
@@ -149,8 +150,8 @@ def test_words_of_users_are_shown_and_do_nothing(renderable):
 
 def test_a_devices_bar_shows_what_is_leased_and_what_is_foreign():
     out = shown(screens_cluster.workers_screen([worker(device(leased_bytes=95 * GIB, foreign_bytes=50 * GIB))]), 120)
-    assert "██████████▒▒▒▒▒·····" in out
-    assert "50 GiB foreign" in out
+    assert "████████▒▒▒▒····" in out
+    assert "node-0/0: 50 GiB are used by processes" in out
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ VIEW = {
 
 
 def client_of(handler: Handler) -> Client:
-    address = ClusterAddress("http://127.0.0.1:1", Secret("ry_secret"), "a test")
+    address = ClusterAddress("http://127.0.0.1:1", Secret("ry_secret"), "a test", "a test")
     return Client(address, transport=httpx.MockTransport(handler))
 
 

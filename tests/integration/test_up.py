@@ -1,0 +1,145 @@
+"""``rocyard up`` as a person meets it: start, stop, start again, and what it says when it cannot."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from manager.core.lifecycle import TaskStatus
+from tests.integration.cluster import Cluster, eventually
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.destroy()
+
+
+def _up(cluster: Cluster, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "manager.cli.main", "up", "--simulate", "1x1:mi300x"]
+    return subprocess.run(
+        command, env=cluster.environ | environ, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def _listening(pids: set[int]) -> set[int]:
+    return {c.laddr.port for c in psutil.net_connections("tcp") if c.pid in pids and c.status == psutil.CONN_LISTEN}
+
+
+def test_ctrl_c_leaves_nothing_behind_and_a_second_start_finds_its_state(own: Cluster) -> None:
+    own.start()
+    assert "admin key" in own.output.read_text()
+    done = own.client.submit("echo", {"x": 1})
+    assert done.result(30) == {"x": 1}
+    hold = {"path": str(own.witness_path), "seconds": 600}
+    running = own.client.submit("hold", hold, memory="10GiB")
+    own.wait_started(running)
+    family = own.family()
+    ports = _listening({process.pid for process in family})
+    assert len(ports) > 5
+
+    assert own.stop() == 0
+    assert [process for process in family if process.is_running()] == []
+    assert ports & {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN} == set()
+
+    began = time.monotonic()
+    own.start()
+    assert "admin key" not in own.output.read_text()
+    assert own.client.get(done.task_id).status is TaskStatus.SUCCEEDED
+    second = own.wait_started(running, times=2)
+    assert second["attempt"] == 2
+    assert time.monotonic() - began < 60
+    view = own.client.get(running.task_id)
+    assert (view.crashes, view.failures) == (0, 0)
+    own.client.cancel(running.task_id)
+
+
+def test_killing_the_supervisor_ends_its_processes_and_the_next_start_recovers(own: Cluster) -> None:
+    own.start()
+    gate = own.directory / "gate"
+    task = own.client.submit("until", {"path": str(own.witness_path), "gate": str(gate)})
+    own.wait_started(task)
+    family = own.family()
+    assert own.process is not None
+    own.process.send_signal(signal.SIGKILL)
+    own.process.wait(5)
+    own.client.close()
+    gone, alive = psutil.wait_procs(family, 10)
+    assert alive == []
+    own.start()
+    own.wait_started(task, times=2)
+    gate.touch()
+    (view,) = own.wait_all([task])
+    assert view.status is TaskStatus.SUCCEEDED
+
+
+def test_a_taken_port_is_named_with_who_holds_it(own: Cluster) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = _up(own, ROCYARD_API__PORT=str(port))
+    assert ended.returncode != 0
+    assert str(port) in ended.stderr
+    assert f"pid {os.getpid()}" in ended.stderr
+    assert "api.port" in ended.stderr
+
+
+def test_a_mistyped_setting_stops_the_start_within_two_seconds(own: Cluster) -> None:
+    began = time.monotonic()
+    ended = _up(own, ROCYARD_NODE__BEET_S="1")
+    elapsed_s = time.monotonic() - began
+    assert ended.returncode == 2
+    assert "ROCYARD_NODE__BEAT_S" in ended.stderr
+    assert elapsed_s < 10  # of which the interpreter's own start on a loaded machine is most; two seconds on an idle one
+
+
+def test_a_second_cluster_on_the_same_folder_is_refused(own: Cluster) -> None:
+    own.start()
+    ended = _up(own)
+    assert ended.returncode != 0
+    assert "already" in ended.stderr
+    assert own.client.submit("echo", {"x": 1}).result(30) == {"x": 1}
+
+
+def test_a_store_that_came_back_empty_is_refused(own: Cluster) -> None:
+    own.start()
+    assert own.stop() == 0
+    shutil.rmtree(own.directory / "data" / "store")
+    ended = _up(own)
+    assert ended.returncode != 0
+    assert "is empty" in ended.stderr
+    assert "cluster.json" in ended.stderr
+
+
+def test_rocyard_down_stops_it(own: Cluster) -> None:
+    own.start()
+    assert own.process is not None
+    command = [sys.executable, "-m", "manager.cli.main", "down"]
+    ended = subprocess.run(command, env=own.environ, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    eventually(lambda: own.process is not None and own.process.poll() is not None, 20, "the end of rocyard up")
+    assert not (own.directory / "data" / "rocyard.pid").exists()
+
+
+def test_files_with_secrets_are_for_their_owner_alone(own: Cluster) -> None:
+    own.start()
+    data = own.directory / "data"
+    for name in ("client.json", "store.json", "cluster.json"):
+        assert (data / name).stat().st_mode & 0o077 == 0
+    assert data.stat().st_mode & 0o077 == 0
+    key = json.loads((data / "client.json").read_text())["api_key"]
+    for log in (data / "logs").iterdir():
+        assert key not in log.read_text(errors="replace")

@@ -1,0 +1,338 @@
+"""The scheduler's book: held until it fits, bound to its node while it has a lease, and never promised twice."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from manager.core.quantities import GIB
+from plugins.ledger import KEPT_S, PLACING_S, Assignment, Ledger, SlotRequest
+from tests.unit import factories as make
+
+D0 = make.grant("a", "d0", 16)
+
+
+def book(*reports):
+    ledger = Ledger()
+    for each in reports or (make.report("a", [24]),):
+        ledger.register(each, 0.0)
+    return ledger
+
+
+def ask(ledger, slot_id, gib=16.0, gpus=1, node=""):
+    ledger.ask(SlotRequest(slot_id, make.shape(gib, gpus), node))
+
+
+def decided(ledger, now_s=1.0):
+    return {assignment.slot_id: assignment.grant for assignment in ledger.decide(now_s)}
+
+
+def test_a_slot_is_held_until_it_fits():
+    ledger = Ledger()
+    ask(ledger, "s")
+    assert ledger.decide(1.0) == []
+    ledger.register(make.report("a", [8]), 2.0)
+    assert ledger.decide(2.0) == []
+    ledger.register(make.report("b", [24]), 3.0)
+    assert ledger.decide(3.0) == [Assignment("s", make.grant("b", "d0", 16), fresh=True)]
+    assert ledger.held == {}
+
+
+def test_the_oldest_is_placed_first_and_smaller_ones_are_not_held_up():
+    ledger = book()
+    for slot_id, gib in (("large", 32), ("first", 16), ("second", 16), ("small", 8)):
+        ask(ledger, slot_id, gib)
+    assert set(decided(ledger)) == {"first", "small"}
+    assert list(ledger.held) == ["large", "second"]
+
+
+def test_the_end_of_a_slot_makes_room():
+    ledger = book()
+    ask(ledger, "s")
+    ask(ledger, "t")
+    assert set(decided(ledger)) == {"s"}
+    ledger.ended("s", 2.0)
+    assert decided(ledger) == {"t": D0}
+    assert set(ledger.index.grants) == {"t"}
+
+
+def test_a_lost_dask_task_frees_nothing_and_comes_back_to_its_node():
+    ledger = book(make.report("a", [24]), make.report("b", [24]))
+    ask(ledger, "s")
+    decided(ledger)
+    ledger.unreachable("a")
+    ledger.hold("s")
+    assert ledger.decide(2.0) == [], "b has room, but the slot lives on a"
+    ask(ledger, "t", 24)
+    assert decided(ledger) == {"t": make.grant("b", "d0", 24)}
+    ledger.register(make.report("a", [24], s=D0), 3.0)
+    assert ledger.decide(3.0) == [Assignment("s", D0, fresh=False)]
+
+
+def test_a_forgotten_dask_task_frees_nothing():
+    ledger = book()
+    ask(ledger, "s")
+    decided(ledger)
+    ledger.forget("s")
+    ask(ledger, "t")
+    assert decided(ledger) == {}
+    assert ledger.where("s", 1.0) == "leased"
+
+
+def test_a_slot_that_dask_does_not_ask_for_is_not_held():
+    ledger = book()
+    ledger.hold("stranger")
+    assert ledger.decide(1.0) == []
+
+
+def test_the_report_of_a_registration_is_the_whole_truth():
+    ledger = book(make.report("a", [24, 24], s=D0, t=make.grant("a", "d1", 8)))
+    ledger.register(make.report("a", [24, 24], t=make.grant("a", "d0", 4), u=make.grant("a", "d1", 20)), 1.0)
+    assert ledger.index.grants == {"t": make.grant("a", "d0", 4), "u": make.grant("a", "d1", 20)}
+
+
+def test_a_new_incarnation_has_nothing_of_the_old_one():
+    ledger = book(make.report("a", [24], s=D0))
+    ledger.register(make.report("a", [24], incarnation="i2"), 1.0)
+    assert ledger.index.grants == {}
+
+
+def test_leases_are_rebuilt_from_reports_before_anything_is_placed():
+    ledger = Ledger()
+    ask(ledger, "s", node="a")
+    ask(ledger, "new")
+    assert ledger.decide(0.0) == []
+    ledger.register(make.report("a", [24], s=D0), 1.0)
+    assert decided(ledger) == {"s": D0}
+    assert list(ledger.held) == ["new"]
+
+
+def test_a_slot_that_its_node_no_longer_has_is_asked_for_there_all_the_same():
+    """The agent answers that it is gone; nobody else may open it."""
+    ledger = book(make.report("a", [24]), make.report("b", [24]))
+    ask(ledger, "s", node="a")
+    (assignment,) = ledger.decide(1.0)
+    assert (assignment.grant.node, assignment.grant.devices, assignment.grant.memory_bytes) == ("a", (), 0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_slot_of_a_node_that_is_away_waits_for_it(known):
+    ledger = book(make.report("b", [24]))
+    if known:
+        ledger.register(make.report("a", [24], s=D0), 0.0)
+        ledger.unreachable("a")
+    ask(ledger, "s", node="a")
+    assert ledger.decide(1.0) == []
+
+
+def test_a_lost_node_loses_its_leases_and_gets_nothing_until_another_incarnation_registers():
+    ledger = book(make.report("a", [24], s=D0))
+    ledger.lost("a", "i0", 1.0)
+    assert "s" in ledger.index.grants, "that was its predecessor"
+    ledger.lost("a", "i1", 1.0)
+    ask(ledger, "t")
+    assert (ledger.index.grants, ledger.decide(1.0)) == ({}, [])
+    ledger.register(make.report("a", [24], s=D0), 2.0)  # its Dask worker is back before its agent knows that it is fenced
+    assert ledger.decide(2.0) == []
+    ledger.register(make.report("a", [24], incarnation="i2"), 3.0)
+    assert set(decided(ledger)) == {"t"}
+
+
+# --- news between registrations -------------------------------------------------------------------------------------
+
+
+def hear(ledger, *uses, now_s=10.0, heard_s=0.0, silent=False, **more):
+    ledger.hear(make.beat("a", *uses, **more), now_s, heard_s=heard_s, silent=silent)
+
+
+def test_only_closed_ids_end_leases_absence_says_nothing():
+    ledger = book(make.report("a", [24], s=D0))
+    hear(ledger)
+    assert "s" in ledger.index.grants
+    hear(ledger, closed=("s", "never-heard-of"))
+    assert ledger.index.grants == {}
+
+
+@pytest.mark.parametrize(("cordoned", "silent", "placed"), [(False, False, 1), (True, False, 0), (False, True, 0)])
+def test_nothing_new_goes_to_a_node_that_is_cordoned_or_whose_agent_is_silent(cordoned, silent, placed):
+    ledger = book()
+    hear(ledger, cordoned=cordoned, silent=silent)
+    ask(ledger, "s")
+    assert len(ledger.decide(11.0)) == placed
+
+
+def test_an_agent_that_speaks_again_gets_work_again():
+    ledger = book()
+    hear(ledger, silent=True)
+    hear(ledger)
+    ask(ledger, "s")
+    assert len(ledger.decide(11.0)) == 1
+
+
+def test_a_cordoned_node_still_gets_its_own_slots_back():
+    ledger = book(make.report("a", [24], cordoned=True, s=D0))
+    ask(ledger, "s", node="a")
+    ask(ledger, "t", 1)
+    assert decided(ledger) == {"s": D0}
+
+
+@pytest.mark.parametrize(
+    ("age_s", "heard_s", "fits"),
+    [
+        pytest.param(1.0, 0.0, True, id="read after the lease changed"),
+        pytest.param(3.0, 0.0, False, id="read before: it may not raise free memory"),
+        pytest.param(1.0, 2.0, False, id="told late: as old as the reading and the way together"),
+    ],
+)
+def test_the_age_of_a_reading_counts_from_the_look_at_the_device(age_s, heard_s, fits):
+    ledger = book()
+    hear(ledger, make.use("d0", foreign=20), now_s=5.0)
+    ask(ledger, "s", 2)
+    assert len(ledger.decide(8.0)) == 1
+    hear(ledger, make.use("d0"), now_s=10.0, age_s=age_s, heard_s=heard_s)
+    ask(ledger, "t")
+    assert bool(ledger.decide(10.0)) == fits
+
+
+# --- room that is kept ----------------------------------------------------------------------------------------------
+
+
+def contested():
+    """Two small slots fill the device; a large one and a third small one wait; the leader clears it for the large one."""
+    ledger = book()
+    for slot_id, gib in (("s", 12), ("t", 12), ("u", 12), ("large", 24)):
+        ask(ledger, slot_id, gib)
+    assert set(decided(ledger)) == {"s", "t"}
+    return ledger
+
+
+def test_without_keeping_a_small_slot_takes_what_a_victim_gives_back():
+    ledger = contested()
+    ledger.ended("s", 2.0)
+    assert set(decided(ledger)) == {"u"}
+
+
+def test_what_victims_give_back_is_kept_for_whom_they_ended():
+    ledger = contested()
+    ledger.keep({"large": make.grant("a", "d0", 24)}, 1.0)
+    ledger.ended("s", 2.0)
+    assert decided(ledger, 2.0) == {}
+    ledger.ended("t", 3.0)
+    assert decided(ledger, 3.0) == {"large": make.grant("a", "d0", 24)}
+    assert ledger.index.kept == {}
+
+
+def test_room_is_no_longer_kept_when_the_leader_says_so_or_says_nothing_for_long():
+    for undo in (lambda ledger: ledger.keep({}, 3.0), lambda ledger: None):
+        ledger = contested()
+        ledger.keep({"large": make.grant("a", "d0", 24)}, 1.0)
+        ledger.ended("s", 2.0)
+        undo(ledger)
+        assert set(decided(ledger, 1.1 + KEPT_S)) == {"u"}
+
+
+def test_room_is_not_kept_for_who_does_not_wait():
+    ledger = contested()
+    ledger.keep({"gone": make.grant("a", "d0", 24)}, 1.0)
+    assert ledger.index.kept == {}
+    ledger.keep({"large": make.grant("a", "d0", 24)}, 1.0)
+    ledger.forget("large")
+    assert ledger.index.kept == {}
+
+
+def test_who_fits_elsewhere_goes_there_and_leaves_the_room_that_was_kept():
+    ledger = contested()
+    ledger.keep({"large": make.grant("a", "d0", 24)}, 1.0)
+    ledger.register(make.report("b", [24]), 2.0)
+    ledger.ended("s", 2.0)
+    assert decided(ledger, 2.0) == {"large": make.grant("b", "d0", 24)}
+    assert set(decided(ledger, 2.0)) == {"u"}
+
+
+# --- what Dask does not take ------------------------------------------------------------------------------------------
+
+
+def test_undoing_a_new_placement_ends_its_lease_and_holds_it_again():
+    ledger = book()
+    ask(ledger, "s")
+    (assignment,) = ledger.decide(1.0)
+    ledger.undo(assignment, 1.0)
+    assert (ledger.index.grants, list(ledger.held)) == ({}, ["s"])
+
+
+def test_undoing_an_adoption_keeps_the_lease_since_the_slot_is_open():
+    ledger = book(make.report("a", [24], s=D0))
+    ask(ledger, "s", node="a")
+    (assignment,) = ledger.decide(1.0)
+    ledger.undo(assignment, 1.0)
+    assert (ledger.index.grants, list(ledger.held)) == ({"s": D0}, ["s"])
+
+
+def test_where_a_slot_is():
+    ledger = book(make.report("a", [24], lives=make.grant("a", "d0", 4)))
+    ask(ledger, "s")
+    ask(ledger, "t")
+    ledger.decide(1.0)
+    where = {slot: ledger.where(slot, 1.0) for slot in ("s", "t", "lives")}
+    assert where == {"s": "placing", "t": "held", "lives": "leased"}
+    assert ledger.where("s", 1.0 + PLACING_S) == "placed"
+
+
+# --- property ---------------------------------------------------------------------------------------------------------
+
+names = st.sampled_from(["s0", "s1", "s2", "s3", "s4", "s5"])
+nodes = st.sampled_from("ab")
+gibs = st.integers(1, 24)
+events = st.one_of(
+    st.tuples(st.just("ask"), names, gibs, st.integers(1, 2)),
+    st.tuples(st.just("hold"), names),
+    st.tuples(st.just("forget"), names),
+    st.tuples(st.just("closed"), names),
+    st.tuples(st.just("register"), nodes),
+    st.tuples(st.just("restart"), nodes),
+    st.tuples(st.just("unreachable"), nodes),
+    st.tuples(st.just("lost"), nodes),
+    st.tuples(st.just("keep"), names, nodes, gibs),
+    st.tuples(st.just("hear"), nodes, st.integers(0, 8)),
+)
+
+
+@given(st.lists(events, max_size=60))
+def test_whatever_comes_nothing_is_promised_twice_and_nobody_is_forgotten(history):
+    """Agents are played truly: what was assigned is open there until they say that it is closed."""
+    ledger = Ledger()
+    agents = {"a": {}, "b": {}}
+    incarnations = dict.fromkeys("ab", 1)
+    for now_s, event in enumerate(history, start=1):
+        match event:
+            case "ask", slot, gib, gpus:
+                if slot not in ledger.requests and slot not in ledger.index.grants:
+                    ask(ledger, slot, gib, gpus)
+            case "hold", slot:
+                ledger.hold(slot)
+            case "forget", slot:
+                ledger.forget(slot)
+            case "closed", slot:
+                if any(agents[node].pop(slot, None) for node in "ab"):
+                    ledger.ended(slot, now_s)
+            case "register", node:
+                incarnation = f"i{incarnations[node]}"
+                ledger.register(make.report(node, [24, 24], incarnation=incarnation, **agents[node]), now_s)
+            case "restart", node:
+                agents[node].clear()
+                incarnations[node] += 1
+            case "unreachable", node:
+                ledger.unreachable(node)
+            case "lost", node:
+                ledger.lost(node, f"i{incarnations[node]}", now_s)
+                agents[node].clear()  # its slots have their tombstones: an agent that wakes up ends them
+            case "keep", slot, node, gib:
+                ledger.keep({slot: make.grant(node, "d0", gib)}, now_s)
+            case "hear", node, foreign:
+                ledger.hear(make.beat(node, make.use("d0", foreign=foreign)), now_s, heard_s=0.0, silent=False)
+        for assignment in ledger.decide(now_s):
+            agents[assignment.grant.node].setdefault(assignment.slot_id, assignment.grant)
+        assert make.over_committed(ledger.index) == []
+        assert set(ledger.held) <= set(ledger.requests)
+        for agent in agents.values():
+            for uuid in ("d0", "d1"):
+                assert sum(held.memory_bytes for held in agent.values() if uuid in held.devices) <= 24 * GIB
