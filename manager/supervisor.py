@@ -34,7 +34,7 @@ from manager.store.server import EmbeddedStore, ServerSpec
 from manager.store.store import connect
 
 START_S: Final = 60.0
-POLL_S: Final = 0.05
+POLL_S: Final = 0.1
 DRIVER_FILES: Final = ("/dev/kfd", "/dev/nvidiactl")
 """Where one of these is, there is a driver, and its devices are used."""
 ADMIN_TENANT: Final = "default"
@@ -87,7 +87,8 @@ class Supervisor:
             key = await self._first_key(store)
             nodes = self._nodes()
             await asyncio.gather(*(self._launch(command) for command in self._commands(nodes)))
-            await self._until(lambda: self._serves(len(nodes), store), "cluster")
+            async with httpx.AsyncClient(timeout=2.0) as client:
+                await self._until(lambda: self._serves(len(nodes), store, client), "cluster")
         finally:
             await store.connection.close()
         self.screen.started(
@@ -192,12 +193,11 @@ class Supervisor:
             self.screen.waiting(what, [child.command.name for child in self.children])
             await asyncio.sleep(POLL_S)
 
-    async def _serves(self, nodes: int, store: Store) -> bool:
+    async def _serves(self, nodes: int, store: Store, client: httpx.AsyncClient) -> bool:
         """Whether a task could run: API, leader, and every node with its Dask worker."""
         api = self.settings.api
         try:
-            async with httpx.AsyncClient(timeout=2.0) as client:
-                answer = await client.get(f"http://{api.host}:{api.port}/livez")
+            answer = await client.get(f"http://{api.host}:{api.port}/livez")
             if answer.status_code != 200:
                 return False
             state = await store.look(leader=False)

@@ -12,28 +12,11 @@ import msgspec
 from distributed.worker import Worker
 
 from manager.log import configure_logging
-from manager.settings import LogSettings
 from manager.store.store import connect
 from manager.lifeline import die_with_parent
 from plugins.node.link import AgentLink
+from plugins.node.worker_config import WorkerConfig
 from plugins.worker import RocyardWorkerPlugin, attach
-
-
-class WorkerConfig(msgspec.Struct, frozen=True):
-    """What the agent tells its Dask worker."""
-
-    parent_pid: int
-    node: str
-    name: str
-    generation: int
-    scheduler: str
-    host: str
-    socket: str
-    store_url: str
-    threads: int
-    period_s: float
-    directory: str
-    log: LogSettings
 
 
 async def run(config: WorkerConfig) -> None:
@@ -49,7 +32,7 @@ async def run(config: WorkerConfig) -> None:
         local_directory=config.directory,
         memory_limit=0,
         dashboard_address=f"{config.host}:0",
-        dashboard=True,
+        dashboard=False,  # its /metrics is served all the same; bokeh would double the start and the memory
         plugins=(plugin,),
     )
     attach(worker, plugin)

@@ -48,7 +48,7 @@ from plugins.node.publishing import Functions
 from plugins.node.runner import SlotRunner
 from plugins.node.slot_executor import Ending, SlotContext
 from plugins.node.slot_environment import SlotEnvironment
-from plugins.node.worker_process_config import worker_config
+from plugins.node.worker_config import WorkerConfig, worker_config
 from plugins.node.worker_supervisor import WorkerSupervisor, worker_environment
 
 PULSE_S: Final = 0.5
@@ -98,6 +98,7 @@ class Agent:
         self._above: dict[str, int] = {}
         self._beat_now = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._registered = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._device_metrics = DeviceMetrics(node)
 
@@ -109,16 +110,16 @@ class Agent:
         self.directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.directory / "slots", ignore_errors=True)
         self._pulse()
+        # The Dask worker needs seconds to start: it does so while we look at the devices and register.
+        server = await serve_link(self.socket_path, self._answer)
+        loops = [asyncio.create_task(self.worker.run()), asyncio.create_task(self._forever("publish", self._publish_loop))]
         await self._look_at_devices()
         await self._register()
-        server = await serve_link(self.socket_path, self._answer)
-        os.chmod(self.socket_path, 0o600)
-        loops = [
+        self._registered.set()
+        loops += [
             asyncio.create_task(self._forever("beat", self._beat_loop)),
             asyncio.create_task(self._forever("listen", self._listen_loop)),
             asyncio.create_task(self._forever("probe", self._probe_loop)),
-            asyncio.create_task(self._forever("publish", self._publish_loop)),
-            asyncio.create_task(self.worker.run()),
         ]
         try:
             await self._stopped.wait()
@@ -133,8 +134,7 @@ class Agent:
         self._stopped.set()
 
     async def _leave(self) -> None:
-        await self.worker.stop()
-        await self._end_all(Ending.STOPPED)
+        await asyncio.gather(self.worker.stop(), self._end_all(Ending.STOPPED))
         try:
             async with asyncio.timeout(STOP_S):
                 await self.store.leave(self.node, self.incarnation)
@@ -273,7 +273,7 @@ class Agent:
 
     # --- the Dask worker's requests -----------------------------------------------------------------------------
 
-    def _worker_config(self, generation: int) -> Any:
+    def _worker_config(self, generation: int) -> WorkerConfig:
         return worker_config(self.settings, self.node, self.incarnation, generation, self.socket_path, self.directory)
 
     async def _answer(self, request: Request) -> Answer:
@@ -281,6 +281,7 @@ class Agent:
             return Refused(f"this worker is of generation {request.generation}, the newest is {self.worker.generation}")
         match request:
             case AskReport():
+                await self._registered.wait()
                 return self._report()
             case AskBeat():
                 self.worker.heard()

@@ -16,7 +16,7 @@ import msgspec
 
 from manager.log import get_logger
 from manager.metrics import PROCESS_RESTARTS
-from plugins.worker_process import WorkerConfig
+from plugins.node.worker_config import WorkerConfig
 
 PAUSE_S: Final = (0.1, 1.0)
 STEADY_S: Final = 5.0

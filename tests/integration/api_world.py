@@ -212,15 +212,23 @@ WHO = {
 
 
 @contextlib.asynccontextmanager
-async def serving(url: str, settings: Settings | None = None, *, flush: bool = True) -> AsyncIterator[World]:
-    """An API over the store at `url`, in this loop, on a port of its own."""
+async def serving(
+    url: str, settings: Settings | None = None, *, flush: bool = True, keys: dict[str, str] | None = None
+) -> AsyncIterator[World]:
+    """An API over the store at `url`, in this loop, on a port of its own.
+
+    Args:
+        flush: begin with an empty store and an agent that has joined.
+        keys: keys that are there already; the store is not asked for anything then.
+    """
     settings = settings or Settings()
     settings = msgspec.structs.replace(settings, store=msgspec.structs.replace(settings.store, url=Secret(url)))
     store = connect(url, 3.0, "test")
-    if flush:
+    if keys is None and flush:
         await store.connection.call("FLUSHALL")
-    await store.deploy()
-    keys = {who: (await create_key(store, tenant, scope))[0] for who, (tenant, scope) in WHO.items()}
+        await store.deploy()
+    fresh = flush and keys is None
+    keys = keys or {who: (await create_key(store, tenant, scope))[0] for who, (tenant, scope) in WHO.items()}
     listener = bind("127.0.0.1", 0)
     server = build_server(settings, listener)
     running = asyncio.create_task(server.run_until_stopped())
@@ -229,7 +237,7 @@ async def serving(url: str, settings: Settings | None = None, *, flush: bool = T
         while not server.started:
             assert not running.done(), running
             await asyncio.sleep(0)
-        if flush:
+        if fresh:
             await world.agent.join()
         yield world
     finally:

@@ -109,12 +109,10 @@ async def test_an_admin_may_name_a_tenant_and_nobody_else(world: World):
     [
         pytest.param(None, id="none"),
         pytest.param("", id="empty"),
-        pytest.param("Bearer ", id="no key"),
         pytest.param("Bearer x", id="no key of ours"),
         pytest.param("Basic {key}", id="another scheme"),
         pytest.param("{key}", id="no scheme"),
         pytest.param("Bearer {key}x", id="longer"),
-        pytest.param("Bearer {key} ", id="a blank behind it is trimmed by HTTP"),
         pytest.param("Bearer  {key}", id="two blanks"),
         pytest.param("Bearer {other_id}", id="the secret of one with the id of another"),
         pytest.param("Bearer ry_zzzzzzzz_" + "A" * 43, id="unknown"),
@@ -129,8 +127,7 @@ async def test_a_header_without_a_valid_key_is_401(world: World, header):
     mixed = other[:12] + key[12:]
     headers = {} if header is None else {"authorization": header.format(key=key, other_id=mixed).encode("latin-1")}
     reply = await world.client("nobody").get("/v1/tasks", headers=headers)
-    expected = 200 if header == "Bearer {key} " else 401
-    assert reply.status_code == expected, reply.text
+    assert reply.status_code == 401, reply.text
 
 
 async def test_two_authorization_headers_are_401(world: World):

@@ -233,7 +233,7 @@ async def test_errors_in_a_batch_name_the_task(world: World):
         "x",
         "0" * 25,
         "0" * 27,
-        NO_ID.replace("0", "A"),
+        "A" * 26,
         "0" * 10_000,
         "%00" * 26,
         "{ry}:t:1",

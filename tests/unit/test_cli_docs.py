@@ -27,7 +27,7 @@ def commands():
             yield name, found
 
 
-@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("name", "command"), list(commands()), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_and_option_is_documented(name, command):
     assert f"`rocyard {name}" in CLI
     for option in command.params:

@@ -1,6 +1,5 @@
 """Leadership by observed change: one leader at a time, on any clocks, and a silent one is replaced after one term."""
 
-import asyncio
 import random
 
 import pytest
@@ -46,13 +45,20 @@ class Clock:
         return self.now_s
 
 
+def done(coroutine):
+    """What a coroutine that waits for nothing returns: no event loop is needed."""
+    with pytest.raises(StopIteration) as ended:
+        coroutine.send(None)
+    return ended.value.value
+
+
 def candidate(store, name, clock=None):
     return Leadership(store, name, TERM_S, clock or Clock())
 
 
 def step(leader, seconds=0.0):
     leader.clock.now_s += seconds
-    return asyncio.run(leader.step())
+    return done(leader.step())
 
 
 def test_the_first_candidate_leads_at_once():
@@ -84,7 +90,7 @@ def test_a_leader_that_resigns_is_replaced_at_once():
     store = FakeTerm()
     first = candidate(store, "a")
     step(first)
-    asyncio.run(first.resign())
+    done(first.resign())
     assert not first.leads
     assert step(candidate(store, "b"))
 
@@ -147,7 +153,7 @@ def test_resigning_without_a_store_is_no_error():
     leader = candidate(store, "a")
     step(leader)
     store.away = True
-    asyncio.run(leader.resign())
+    done(leader.resign())
     assert not leader.leads
 
 
@@ -165,9 +171,9 @@ def test_never_two_leaders_whatever_stalls(seed):
         store.away = chance.random() < 0.1
         for leader in chance.sample(candidates, chance.randint(0, 3)):
             if chance.random() < 0.02:
-                asyncio.run(leader.resign())
+                done(leader.resign())
             else:
-                asyncio.run(leader.step())
+                done(leader.step())
             leading = [each.holder for each in candidates if each.leads]
             assert len(leading) <= 1, f"seed {seed}: {leading}"
             led += len(leading)

@@ -240,12 +240,15 @@ def test_room_is_not_kept_for_who_does_not_wait():
 
 
 def test_who_fits_elsewhere_goes_there_and_leaves_the_room_that_was_kept():
-    ledger = contested()
+    ledger = book()
+    for slot_id, gib in (("s", 12), ("large", 24), ("u", 12)):
+        ask(ledger, slot_id, gib)
+    assert set(decided(ledger)) == {"s", "u"}
+    ask(ledger, "v", 12)
     ledger.keep({"large": make.grant("a", "d0", 24)}, 1.0)
-    ledger.register(make.report("b", [24]), 2.0)
     ledger.ended("s", 2.0)
-    assert decided(ledger, 2.0) == {"large": make.grant("b", "d0", 24)}
-    assert set(decided(ledger, 2.0)) == {"u"}
+    ledger.register(make.report("b", [24]), 2.0)
+    assert decided(ledger, 2.0) == {"large": make.grant("b", "d0", 24), "v": make.grant("a", "d0", 12)}
 
 
 # --- what Dask does not take ------------------------------------------------------------------------------------------

@@ -110,20 +110,21 @@ local function claim_reply(claims, id, attempt, alone, spec)
   claims[#claims + 1] = spec
 end
 
--- Takes up to n tasks of the shape. A task that must run alone comes alone.
+-- Takes up to n tasks of the shape, in order. A task that must run alone comes alone.
 local function claim(p, slot, node, shape, n, now)
   local claims = {}
   local popped = redis.call('ZPOPMIN', p .. 'q:' .. shape, n)
-  local alone_seen = false
+  local enough = false
   for i = 1, #popped, 2 do
     local id = popped[i]
     local key = p .. 't:' .. id
     local task = redis.call('HMGET', key, 'state', 'alone', 'spec')
     local alone = task[2] == '1'
-    if alone_seen or (alone and #claims > 0) then
+    enough = enough or (alone and #claims > 0)
+    if enough then
       redis.call('ZADD', p .. 'q:' .. shape, popped[i + 1], id)
     elseif task[1] == 'QUEUED' then
-      alone_seen = alone
+      enough = alone
       local attempt = redis.call('HINCRBY', key, 'attempt', 1)
       redis.call('HSET', key, 'state', 'RUNNING', 'slot', slot, 'node', node, 'claimed', now)
       redis.call('SADD', p .. 'run:' .. slot, id)

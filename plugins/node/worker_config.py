@@ -1,10 +1,31 @@
-"""What the agent tells its Dask worker, from the settings. The worker gets its own store URL and no other secret."""
+"""What an agent tells its Dask worker, on stdin. The worker gets its own store URL and no other secret.
+
+Apart from the worker's own module, so that an agent need not import Dask.
+"""
 
 import os
 from pathlib import Path
 
-from manager.settings import Settings
-from plugins.worker_process import WorkerConfig
+import msgspec
+
+from manager.settings import LogSettings, Settings
+
+
+class WorkerConfig(msgspec.Struct, frozen=True):
+    """What the agent tells its Dask worker."""
+
+    parent_pid: int
+    node: str
+    name: str
+    generation: int
+    scheduler: str
+    host: str
+    socket: str
+    store_url: str
+    threads: int
+    period_s: float
+    directory: str
+    log: LogSettings
 
 
 def worker_config(
