@@ -116,7 +116,7 @@ def show(report: Report, console: Console, *, held: bool) -> None:
         share = min(peak.leased_bytes / max(peak.usable_bytes, 1), 1.0)
         filled = round(share * BAR_WIDTH)
         full.add_row(
-            Text(f"{peak.node}  {peak.index} {peak.model}"),
+            Text(f"{peak.node}, device {peak.index}"),
             Text.assemble(("█" * filled, "blue"), ("·" * (BAR_WIDTH - filled), "dim")),
             *(Text(format_memory(size)) for size in (peak.leased_bytes, peak.used_bytes, peak.usable_bytes)),
         )

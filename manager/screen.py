@@ -1,7 +1,9 @@
 """What ``rocyard up`` shows: progress while starting, then one page of what runs where and what to try next."""
 
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -98,15 +100,24 @@ class Screen:
                 (started.admin_key, "bold"), "\nshown once; this machine's CLI reads it from client.json"
             )
             self.console.print(Panel.fit(body, title="admin key", title_align="left", border_style="yellow"))
+            self.console.print()
         key = started.admin_key or "$ROCYARD_API_KEY"
         self.console.print("try next", style="bold")
-        self.console.print("  rocyard submit --memory 24GiB --wait echo '{\"x\": 1}'")
+        self.console.print(f"  {_command()} submit --memory 24GiB --wait echo '{{\"x\": 1}}'")
         self.console.print(
             f"  curl -s {api}/v1/tasks -H 'Authorization: Bearer {key}' \\\n"
             '    -H \'Content-Type: application/json\' -d \'{"function": "echo", "args": {"x": 1}}\''
         )
         self.console.print()
         self.console.print(f"state and logs: {started.directory} · Ctrl-C stops everything", style="dim")
+
+
+def _command() -> str:
+    """How this machine's user calls ``rocyard``: by name where it is on PATH, else by the shortest path that works."""
+    script = Path(sys.executable).with_name("rocyard")
+    if shutil.which("rocyard") or not script.exists():
+        return "rocyard"
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _grid(rows: list[tuple[str, str]]) -> Table:

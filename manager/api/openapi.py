@@ -12,7 +12,7 @@ import msgspec
 
 from manager.api.operations import Operation, Public
 from manager.core.errors import RocyardError
-from manager.core.requests import Problem
+from manager.core.requests import BatchRequest, KeyRequest, Problem, TaskRequest
 
 _REF: Final = "#/components/schemas/{name}"
 _PATH_PARAMETER: Final = re.compile(r"\{([a-z_]+)\}")
@@ -20,6 +20,12 @@ _FIELD: Final = re.compile(r"^(?P<names>[a-z_, ]+): (?P<text>.+)$")
 _WHAT: Final = {
     "task_id": "A task's id: 26 characters, 0-9 and a-z.",
     "key_id": "A key's id: the 8 characters after ry_.",
+}
+_TASK: Final = {"function": "echo", "args": {"x": 1}, "resources": {"memory": "1GiB"}}
+_EXAMPLES: Final[dict[type, Any]] = {
+    TaskRequest: _TASK,
+    BatchRequest: {"tasks": [_TASK, _TASK]},
+    KeyRequest: {"tenant": "vision", "scope": "user"},
 }
 _SUCCESS: Final = {200: "Success", 201: "Made", 202: "Accepted: it is on disk"}
 
@@ -72,8 +78,10 @@ def _operation(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
     if not isinstance(operation.access, Public):
         found["description"] = f"Takes a key of scope `{operation.access.value}` or one that may more."
     if operation.body is not None:
-        content = {"application/json": {"schema": schemas[id(operation.body)]}}
-        found["requestBody"] = {"required": True, "content": content}
+        content: dict[str, Any] = {"schema": schemas[id(operation.body)]}
+        if (example := _EXAMPLES.get(operation.body)) is not None:
+            content["example"] = example
+        found["requestBody"] = {"required": True, "content": {"application/json": content}}
     return found
 
 

@@ -6,6 +6,7 @@ This is where the environment is read. Owns stdout (answers) and stderr (everyth
 import enum
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -205,8 +206,11 @@ class Session:
 
     def note(self, text: str) -> None:
         """Tell a person something that is no part of the answer."""
+        from manager.cli.text import wrapped
+
         if not self.wants_json:
-            click.echo(text, err=True)
+            wide = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+            click.echo(text if wide is None else wrapped(text, wide), err=True)
 
 
 def print_json(value: Any) -> None:

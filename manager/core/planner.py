@@ -258,7 +258,7 @@ def _closes(
                 continue
             fit = find(queue.shape, scratch)
             if fit is None and searches < SEARCHES_MAX:
-                costs = _costs(candidates, queue, vtimes)
+                costs = _costs(candidates, queue, vtimes, limits)
                 chosen = victims(queue.shape, scratch, costs)
                 for slot_id in chosen:
                     scratch.free(slot_id)
@@ -315,13 +315,16 @@ def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limit
     return _Candidate(slot.slot_id, slot.shape_id, cost, idle=False, rank=rank)
 
 
-def _costs(candidates: Sequence[_Candidate], wanting: QueueRow, vtimes: Mapping[str, float]) -> dict[str, float]:
+def _costs(
+    candidates: Sequence[_Candidate], wanting: QueueRow, vtimes: Mapping[str, float], limits: Limits
+) -> dict[str, float]:
     """What each slot costs that may be asked to end for `wanting`.
 
     An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower, or
-    if its shape has had more than the one that waits, and nothing of a higher priority waits behind it.
+    if its shape has had more than the one that waits, and nothing of a higher priority waits behind it. More by what a
+    slot has in the minimum residence: shapes that have had about the same would else change places for ever.
     """
-    rank, had = _priority_rank(wanting), vtimes.get(wanting.shape_id, 0.0)
+    rank, had = _priority_rank(wanting), vtimes.get(wanting.shape_id, 0.0) + limits.residence_s
 
     def may_go(c: _Candidate) -> bool:
         if c.idle or (c.rank is not None and rank < c.rank):

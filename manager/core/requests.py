@@ -110,7 +110,7 @@ class Accepted(msgspec.Struct, frozen=True):
     """A task that is on disk."""
 
     task_id: TaskId
-    status: TaskStatus
+    status: Annotated[TaskStatus, msgspec.Meta(examples=["QUEUED"])]
 
 
 class BatchAccepted(msgspec.Struct, frozen=True):

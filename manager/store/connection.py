@@ -91,6 +91,9 @@ class _Protocol(asyncio.Protocol):
         return self.transport.get_write_buffer_size() if self.transport is not None else 0
 
     def abort(self) -> None:
+        """Cut it; nobody uses it from now on, and who waits hears of it in the next turn of the loop."""
+        self.lost = True
+        self.owner._lost(self)  # noqa: SLF001  # the two are one thing
         if self.transport is not None:
             self.transport.abort()
 

@@ -4,7 +4,7 @@ import pytest
 
 from manager.core.errors import StoreFull
 from manager.core.lifecycle import Outcome, SlotFlag, TaskStatus
-from tests.contract.store_harness import INFO, Lab, end
+from tests.contract.store_harness import INFO, RED, Lab, end
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ async def full(lab: Lab):
 async def test_a_full_store_refuses_submissions_and_nothing_else(lab: Lab, full):
     agent = await lab.agent()
     tasks = await lab.submit(8, max_attempts=2)
-    slot, other, requested = await lab.open(agent), await lab.open(agent), await lab.request()
+    slot, other, requested, unwanted = await lab.open(agent), await lab.open(agent), await lab.request(), await lab.request()
     claims = (await lab.next(agent, slot, 5)).claims
     await full()
 
@@ -45,7 +45,8 @@ async def test_a_full_store_refuses_submissions_and_nothing_else(lab: Lab, full)
     assert (await lab.store.beat("n1", agent.incarnation, [(slot, False), (other, True)]))[0]
     assert (await lab.store.open_slot(requested, "n1", agent.incarnation, ["gpu-0"])).word == "OK"
     assert await lab.store.flag(lab.token, SlotFlag.CLOSE, [requested])
-    assert await lab.store.drop(lab.token, "Test", [await lab.request()]) is not None
+    assert await lab.store.drop(lab.token, "Test", [unwanted]) == [unwanted]
+    assert await lab.store.request_slot(lab.token, "one-more", RED, 0)
     await lab.store.close_slot(slot, agent.incarnation, "Idle")
     assert await lab.store.fence(lab.token, "Test", [other])
     assert await lab.store.planned(lab.token, 0, [(claim.task_id, 1)])

@@ -15,7 +15,7 @@ import pytest
 
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, SlotRow
-from manager.core.placement import index_of
+from manager.core.placement import Grant, index_of
 from manager.core.planner import Limits, plan
 from manager.core.quantities import GIB
 from manager.core.shapes import Shape
@@ -117,13 +117,13 @@ class World:
         self.slots[slot_id] = msgspec.structs.replace(self.slots[slot_id], **values)
         return self.slots[slot_id]
 
-    def open(self, slot_id: str, node: str, devices: tuple[str, ...]) -> None:
-        if slot_id in self.slots and slot_id in self.ledger.index.grants:
-            slot = self.change(
-                slot_id, status=SlotStatus.OPEN, node=node, devices=devices, opened_ms=self.ms, incarnation=self.named(node)
-            )
-            self.opened[slot.shape_id] += 1
-            self.claim(slot_id)
+    def open(self, slot_id: str, grant: Grant) -> None:
+        slot = self.slots.get(slot_id)
+        if slot is None or slot.status is not SlotStatus.REQUESTED or self.ledger.index.grants.get(slot_id) != grant:
+            return  # dropped, or its node has died on the way
+        self.change(slot_id, status=SlotStatus.OPEN, node=grant.node, devices=grant.devices, opened_ms=self.ms)
+        self.opened[slot.shape_id] += 1
+        self.claim(slot_id)
 
     def claim(self, slot_id: str) -> None:
         slot = self.slots[slot_id]
@@ -155,12 +155,10 @@ class World:
         self.pump()
         self.ask_round(self.now_s + ROUND_PAUSE_S)
 
-    def named(self, node: str) -> str:
-        return f"i{self.incarnations[node]}"
-
     def register(self, node: str) -> None:
         self.incarnations[node] += 1
-        self.ledger.register(make.report(node, self.nodes[node], incarnation=self.named(node)), self.now_s)
+        incarnation = f"i{self.incarnations[node]}"
+        self.ledger.register(make.report(node, self.nodes[node], incarnation=incarnation), self.now_s)
 
     def kill(self, node: str) -> None:
         """The node's agent dies and starts anew: its slots are gone, what they ran goes back."""
@@ -169,7 +167,10 @@ class World:
                 self.queues[slot.shape_id].appendleft(task)
             del self.slots[slot.slot_id]
             self.ledger.forget(slot.slot_id)
+        on_their_way = self.ledger.index.slots_on(node)
         self.register(node)
+        for slot_id in on_their_way:
+            self.ledger.hold(slot_id)  # Dask lost its worker before the slot was open
         self.pump()
 
     # --- scheduler and controller -------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ class World:
     def pump(self) -> None:
         for assignment in self.ledger.decide(self.now_s):
             slot_id, grant = assignment.slot_id, assignment.grant
-            self.at(self.now_s + OPEN_S, lambda s=slot_id, g=grant: self.open(s, g.node, g.devices))
+            self.at(self.now_s + OPEN_S, lambda s=slot_id, g=grant: self.open(s, g))
 
     @property
     def ms(self) -> int:
