@@ -120,6 +120,8 @@ class Controller:
         """One round as leader; seconds until the next one is due at the latest."""
         state = await self.store.look(leader=True)
         self._account(state)
+        for status, count in (await self.store.counts()).items():
+            QUEUE_TASKS.labels(status=status).set(count)
         await self._fence_silent_nodes(state)
         following = (await self.store.due())[1]
         await self._sweep(state)
@@ -152,7 +154,6 @@ class Controller:
                 self._vtimes[slot.shape_id] += elapsed_s * shapes[slot.shape_id].gpus
         SLOTS.labels(status="requested").set(by_status[SlotStatus.REQUESTED])
         SLOTS.labels(status="open").set(by_status[SlotStatus.OPEN])
-        QUEUE_TASKS.labels(status="QUEUED").set(sum(queue.depth for queue in state.queues))
 
     async def _fence_silent_nodes(self, state: ClusterState) -> None:
         lease_s = self.settings.node.beat_s * self.settings.node.lease_beats

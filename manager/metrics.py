@@ -30,7 +30,6 @@ _DEVICE: Final = ("hostname", "gpu_id", "gpu_uuid", "card_model")
 # Tasks. The first two keep the names that the older manager had.
 TASKS = Counter("tasks_total", "Tasks that reached a final status.", ("status",))
 TASK_DURATION = Histogram("task_duration_seconds", "Run time of tasks, from start to end.", buckets=_LONG)
-TASK_WAIT = Histogram("rocyard_task_wait_seconds", "Time of tasks from submission to start.", buckets=_LONG)
 TASK_RETRIES = Counter("rocyard_task_retries_total", "Tasks that are run again, by reason.", ("reason",))
 QUEUE_TASKS = Gauge("rocyard_queue_tasks", "Tasks by status; final ones as long as they are kept.", ("status",))
 
@@ -56,7 +55,6 @@ API_REQUEST_DURATION = Histogram(
 )
 
 # The store, as each process sees it.
-STORE_CALL_DURATION = Histogram("rocyard_store_call_duration_seconds", "Time of one call to the store.", buckets=_FAST)
 STORE_RECONNECTS = Counter("rocyard_store_reconnects_total", "Connections to the store made anew.")
 STORE_ERRORS = Counter("rocyard_store_errors_total", "Calls to the store that failed.", ("kind",))
 

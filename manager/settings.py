@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from manager.core.quantities import GIB, KIB, MIB
+from manager.core.quantities import KIB, MIB
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 """A TCP port; 0 takes any free one."""
@@ -113,7 +113,6 @@ class TenantSettings(_Section, frozen=True):
     """What one tenant may have at once."""
 
     active_tasks_max: Count = 100_000
-    memory_bytes_max: Bytes = 1024 * 1024 * GIB
 
 
 class LogSettings(_Section, frozen=True):

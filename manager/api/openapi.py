@@ -94,6 +94,8 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         schema: dict[str, Any] = {"type": parameter.type}
         if parameter.choices:
             schema["enum"] = list(parameter.choices)
+        if parameter.most:
+            schema |= {"minimum": 1, "maximum": parameter.most}
         found.append({"name": parameter.name, "in": "query", "description": parameter.description, "schema": schema})
     return found
 

@@ -24,12 +24,13 @@ PUBLIC: Final = Public()
 
 
 class Parameter(msgspec.Struct, frozen=True):
-    """A query parameter."""
+    """A query parameter. `most` is the largest whole number that it takes, from 1."""
 
     name: str
     description: str
     type: Literal["string", "integer", "boolean"] = "string"
     choices: tuple[str, ...] = ()
+    most: int = 0
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):

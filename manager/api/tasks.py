@@ -257,7 +257,7 @@ class TaskRoutes:
                 query=(
                     Parameter("status", "Only tasks of this status.", choices=_STATUSES),
                     Parameter("function", "Only tasks of this function."),
-                    Parameter("limit", f"Tasks of one page, 1 to {PAGE_MAX}; {PAGE} unless given.", "integer"),
+                    Parameter("limit", f"Tasks of one page, 1 to {PAGE_MAX}; {PAGE} unless given.", "integer", most=PAGE_MAX),
                     Parameter("cursor", "Where to go on: `next_cursor` of the page before, with the same filters and key."),
                     _TENANT,
                 ),

@@ -151,7 +151,7 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
         limits: the operator's.
     """
     needs = _needs(state, held, vtimes, limits)
-    closes, keep = _closes(state, index, [need for need in needs if need.waits], vtimes, limits)
+    closes, keep = _closes(state, index, needs, vtimes, limits)
     scratch = index.copy()
     for slot_id, grant in keep:
         scratch.keep(slot_id, grant)
@@ -238,18 +238,19 @@ def _take(queue: QueueRow, scratch: Index, count: int, name: str) -> int:
 
 
 def _closes(
-    state: ClusterState, index: Index, waiting: Sequence[_Need], vtimes: Mapping[str, float], limits: Limits
+    state: ClusterState, index: Index, needs: Sequence[_Need], vtimes: Mapping[str, float], limits: Limits
 ) -> tuple[list[Close], list[tuple[str, Grant]]]:
     """Victims for what waits, and the room that is kept for it; then slots that have been idle for too long."""
     queues = {queue.shape_id: queue for queue in state.queues}
     closes: dict[str, Close] = {}
     keep: list[tuple[str, Grant]] = []
-    if waiting:
+    if waiting := [need for need in needs if need.waits]:
         scratch = index.copy()
         for slot in state.slots:
             if slot.flag is not SlotFlag.NONE:
                 scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
         candidates = [c for slot in state.slots if (c := _candidate(slot, queues, state.now_ms, limits)) is not None]
+        devices = {need.queue.shape_id: need.serving * need.queue.shape.gpus for need in needs}
         too_large = _TooLarge()
         searches = 0
         for need in waiting:
@@ -258,7 +259,7 @@ def _closes(
                 continue
             fit = find(queue.shape, scratch)
             if fit is None and searches < SEARCHES_MAX:
-                costs = _costs(candidates, queue, vtimes, limits)
+                costs = _costs(candidates, queue, vtimes, devices, limits)
                 chosen = victims(queue.shape, scratch, costs)
                 for slot_id in chosen:
                     scratch.free(slot_id)
@@ -316,19 +317,26 @@ def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limit
 
 
 def _costs(
-    candidates: Sequence[_Candidate], wanting: QueueRow, vtimes: Mapping[str, float], limits: Limits
+    candidates: Sequence[_Candidate],
+    wanting: QueueRow,
+    vtimes: Mapping[str, float],
+    devices: Mapping[str, int],
+    limits: Limits,
 ) -> dict[str, float]:
     """What each slot costs that may be asked to end for `wanting`.
 
-    An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower, or
-    if its shape has had more than the one that waits, and nothing of a higher priority waits behind it. More by what a
-    slot has in the minimum residence: shapes that have had about the same would else change places for ever.
+    An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower; or,
+    with nothing of a higher priority behind it, if its shape has more devices now than the one that waits, and has had
+    more, by what a slot has in the minimum residence. Shapes that have about the same would else change places for ever.
     """
     rank, had = _priority_rank(wanting), vtimes.get(wanting.shape_id, 0.0) + limits.residence_s
+    has = devices.get(wanting.shape_id, 0)
 
     def may_go(c: _Candidate) -> bool:
         if c.idle or (c.rank is not None and rank < c.rank):
             return True
-        return (c.rank is None or rank == c.rank) and vtimes.get(c.shape_id, 0.0) > had
+        if c.rank is not None and rank > c.rank:
+            return False
+        return devices.get(c.shape_id, 0) > has and vtimes.get(c.shape_id, 0.0) > had
 
     return {c.slot_id: c.cost for c in candidates if c.shape_id != wanting.shape_id and may_go(c)}

@@ -9,12 +9,12 @@ import time
 from typing import Final
 
 from manager.core.errors import StoreUnavailable
-from manager.core.lifecycle import FINAL, TaskStatus
+from manager.core.lifecycle import FINAL, Outcome, TaskStatus
 from manager.core.model import Claim, End, NextReply
 from manager.core.placement import Grant
 from manager.core.shapes import Shape
 from manager.log import get_logger
-from manager.metrics import LOOP_ERRORS, TASK_DURATION, TASKS
+from manager.metrics import LOOP_ERRORS, TASK_DURATION, TASK_RETRIES, TASKS
 from plugins.node.slot_executor import Ending, SlotContext, SlotExecutor
 
 BATCH_S: Final = 0.005
@@ -180,3 +180,5 @@ def _count(ends: tuple[End, ...], statuses: tuple[TaskStatus | None, ...]) -> No
             TASKS.labels(status=str(status)).inc()
             if end.duration_s is not None:
                 TASK_DURATION.observe(end.duration_s)
+        elif status is not None and end.outcome is not Outcome.RETURNED:
+            TASK_RETRIES.labels(reason=end.outcome.name.lower()).inc()

@@ -264,7 +264,7 @@ def test_mixed_arrivals_all_run_and_nothing_is_promised_twice(seed):
     assert sum(world.opened.values()) <= sum(map(len, world.tasks.values())), "slots serve more than one task each"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("small_run_s", "limit", "bound_s"),
     [
@@ -279,11 +279,13 @@ def test_a_large_shape_is_served_under_a_flood_of_small_ones(seed, small_run_s, 
     for number in range(4):
         name = f"small{number}"
         world.shape(name, make.shape(6, tenant=name, max_tasks_per_slot=limit))
-        world.arrivals(name, poisson(world.chance, 6.0 / small_run_s, 40.0), small_run_s)
+        world.arrivals(name, poisson(world.chance, 6.0 / small_run_s, 24.0), small_run_s)
     world.shape("large", make.shape(24, gpus=2))
-    world.arrivals("large", [5.0, 12.0, 20.0, 31.0], 1.0)
-    world.run(40.0)
+    world.arrivals("large", [5.0, 11.0, 19.0], 1.0)
+    world.run(24.0)
     assert max(world.waits_s("large")) < bound_s, f"seed {seed}: {world.waits_s('large')}"
+    if not limit:
+        assert sum(world.opened.values()) < 4 * 24, f"seed {seed}: sixteen slots, {world.opened}"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -296,8 +298,8 @@ def test_six_equal_shapes_on_two_devices_get_equal_shares(seed):
     served = {name: sum(task.started_s is not None for task in tasks) for name, tasks in world.tasks.items()}
     assert min(served.values()) > 0.7 * max(served.values()), f"seed {seed}: {served}"
     assert sum(served.values()) > 0.75 * 2 * 60.0 / 0.2, "the devices were busy"
-    switches = sum(world.opened.values())
-    assert switches <= 2 * 60.0 / LIMITS.residence_s, "nobody goes before the minimum residence"
+    # Each device serves one shape for its residence and for what it must have had more than those that wait.
+    assert sum(world.opened.values()) <= 0.7 * 2 * 60.0 / LIMITS.residence_s
 
 
 def test_a_steady_load_opens_its_slots_once():

@@ -148,10 +148,10 @@ def wanting(*, held="h", priority=0, gib=24.0):
     ("slot", "vtimes", "closed"),
     [
         pytest.param({"idle_s": 0.1}, {"x": 0.0, "large": 9.0}, True, id="an idle slot may always go"),
-        pytest.param({}, {"x": 2.0, "large": 1.0}, True, id="a busy one whose shape has had more"),
-        pytest.param({}, {"x": 1.0, "large": 1.0}, False, id="not one whose shape has had as much"),
-        pytest.param({"age_s": 0.5}, {"x": 2.0}, False, id="not before the minimum residence"),
-        pytest.param({"flag": SlotFlag.CLOSE}, {"x": 2.0}, False, id="not twice"),
+        pytest.param({}, {"x": 2.1, "large": 1.0}, True, id="a busy one whose shape has had more"),
+        pytest.param({}, {"x": 1.9, "large": 1.0}, False, id="not one whose shape has had about as much"),
+        pytest.param({"age_s": 0.5}, {"x": 5.0}, False, id="not before the minimum residence"),
+        pytest.param({"flag": SlotFlag.CLOSE}, {"x": 5.0}, False, id="not twice"),
     ],
 )
 def test_who_goes_for_a_shape_that_waits(slot, vtimes, closed):
@@ -174,6 +174,15 @@ def test_priority_among_busy_slots(priority, own, own_depth, closed):
     others = make.queue("x", make.shape(24), own_depth, priority=own)
     answer = planned(make.state([queue, others], [*busy(1), held], NODE), ["h"], {"x": 1.0, "large": 5.0})
     assert bool(answer.close) == closed
+
+
+@pytest.mark.parametrize(("others", "closed"), [(1, 0), (2, 1)])
+def test_a_shape_takes_no_busy_slot_from_one_that_has_no_more_devices_than_itself(others, closed):
+    """Equal shapes settle at equal parts; what each had in the past does not make them change places for ever."""
+    queues = [make.queue(name, make.shape(8), 50, run_s=5.0) for name in "xy"]
+    slots = [*busy(others), make.opened("y0", "y", "b", "d0"), make.requested("h", "y")]
+    state = make.state(queues, slots, {"a": [8.0 * others], "b": [8]})
+    assert len(planned(state, ["h"], {"x": 9.0, "y": 1.0}).close) == closed
 
 
 def test_idle_goes_before_busy_and_the_longest_idle_first():
@@ -343,9 +352,7 @@ def test_the_same_look_gives_the_same_plan():
 def large_cluster(waiting):
     """200 shapes, 1,000 open slots, 100 nodes of 8 devices; some shapes wait with a held slot."""
     nodes = {f"n{i:03}": [192.0] * 8 for i in range(100)}
-    queues = [
-        make.queue(f"q{i:03}", make.shape(8 + 8 * (i % 24)), 10_000, run_s=0.1 + i % 7, waited_s=3.0) for i in range(200)
-    ]
+    queues = [make.queue(f"q{i:03}", make.shape(8 + 8 * (i % 24)), 10_000, run_s=0.1 + i % 7, waited_s=3.0) for i in range(200)]
     slots = [
         make.opened(f"s{i:04}", f"q{i % 100:03}", f"n{i % 100:03}", f"d{i // 100 % 8}", idle_s=5.0 if i % 10 == 0 else None)
         for i in range(1000)

@@ -81,9 +81,9 @@ def test_sections_of_names_of_the_users_choice():
         "tenants:\n  a-b: {active_tasks_max: 5}\n"
         "functions:\n  f: {target: 'm:f', memory: 2GiB, time_limit_s: 10m}\n"
         "  g: {target: 'm.n:g', time_limit_s: null}\n",
-        {"ROCYARD_TENANTS__TEAM__MEMORY_BYTES_MAX": "1GiB"},
+        {"ROCYARD_TENANTS__TEAM__ACTIVE_TASKS_MAX": "7"},
     )
-    assert settings.tenants == {"a-b": TenantSettings(active_tasks_max=5), "team": TenantSettings(memory_bytes_max=GIB)}
+    assert settings.tenants == {"a-b": TenantSettings(active_tasks_max=5), "team": TenantSettings(active_tasks_max=7)}
     assert settings.functions["f"] == FunctionSettings(target="m:f", memory="2GiB", time_limit_s=600.0)
     assert settings.functions["g"].time_limit_s is None
 
