@@ -59,7 +59,7 @@ def main() -> int:
             up.wait(30)
         text = log.read_text()
         start = re.sub(r"(?s)^.*?(?=[^\n]*Rocyard is up)", "", text).split("stopping")[0].rstrip()
-        start = re.sub(r"(?<=Bearer )ry_\w{8}_[\w-]{43}", "ry_…", start.replace(folder, "~/.rocyard"))
+        start = re.sub(r"(?<=KEY=)ry_\w{8}_[\w-]{43}", "ry_…", start.replace(folder, "~/.rocyard"))
         start = re.sub(r"ry_\w{8}_[\w-]{43}", "ry_" + "•" * 52, start)
         picture("up", "make run", start)
         picture("status", "rocyard status", status.rstrip())

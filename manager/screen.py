@@ -101,12 +101,14 @@ class Screen:
             )
             self.console.print(Panel.fit(body, title="admin key", title_align="left", border_style="yellow"))
             self.console.print()
-        key = started.admin_key or "$ROCYARD_API_KEY"
         self.console.print("try next", style="bold")
-        self.console.print(f"  {_command()} submit --memory 24GiB --wait echo '{{\"x\": 1}}'")
+        self.console.print(f"{_command()} submit --memory 24GiB --wait echo '{{\"x\": 1}}'")
+        if started.admin_key:
+            self.console.print(f"export ROCYARD_API_KEY={started.admin_key}")
         self.console.print(
-            f"  curl -s {api}/v1/tasks -H 'Authorization: Bearer {key}' \\\n"
-            '    -H \'Content-Type: application/json\' -d \'{"function": "echo", "args": {"x": 1}}\''
+            f"curl -s {api}/v1/tasks -H 'Content-Type: application/json' \\\n"
+            "  -H \"Authorization: Bearer $ROCYARD_API_KEY\" \\\n"
+            "  -d '{\"function\": \"echo\", \"args\": {\"x\": 1}}'"
         )
         self.console.print()
         self.console.print(f"state and logs: {started.directory} · Ctrl-C stops everything", style="dim")

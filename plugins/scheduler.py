@@ -305,5 +305,6 @@ def _log_registration(report: Report, worker: str) -> None:
 
 
 async def dask_setup(scheduler: Scheduler) -> None:
-    """Preload hook."""
-    await scheduler.register_scheduler_plugin(PlacementPlugin(scheduler), idempotent=True)
+    """Preload hook. A second call changes nothing: making the plugin alone would put a second ledger behind the handlers."""
+    if PlacementPlugin.name not in scheduler.plugins:
+        await scheduler.register_scheduler_plugin(PlacementPlugin(scheduler), idempotent=True)

@@ -97,7 +97,7 @@ class Api(Litestar):
         super().__init__(
             route_handlers=[self._route(operation) for operation in self.operations],
             lifespan=[_lifespan],
-            exception_handlers={HTTPException: _unrouted, Exception: _unexpected},
+            exception_handlers={HTTPException: _unrouted, Disconnected: _gone, Exception: _unexpected},
             openapi_config=None,
             logging_config=None,
             debug=False,
@@ -267,6 +267,11 @@ def _unrouted(request: Request[Any, Any, Any], error: HTTPException) -> Response
     if allow := (error.headers or {}).get("allow"):
         response.headers["allow"] = ", ".join(sorted(set(allow.split(", ")) & METHODS))
     return response
+
+
+def _gone(_request: Request[Any, Any, Any], _error: Disconnected) -> Response[bytes]:
+    """Nobody reads this; Litestar wants an answer."""
+    return Response(content=b"", status_code=400, media_type="text/plain")
 
 
 def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

@@ -15,7 +15,15 @@
     ├── StoreUnavailable       503   retry helps
     ├── StoreFull              503   retry helps once there is room
     ├── SettingsError          –     a start with wrong settings: exit 2
-    └── StartError             –     a part that cannot start: port taken, program missing
+    ├── StartError             –     a part that cannot start: port taken, program missing
+    ├── LastAdminKey           409   manager/keys.py: it may not be revoked
+    ├── ClusterUnreachable     –     manager/client_errors.py, as all below: what only a client can tell its caller
+    ├── TaskFailed             –
+    ├── TaskCancelled          –
+    ├── WaitTimeout            –
+    └── UnexpectedAnswer       –
+
+The API has some of its own beside these (``manager/api/problems.py``), devices one (`DeviceError`).
 
 A class's docstring is its default message. Nothing here knows HTTP beyond the status number.
 """

@@ -109,6 +109,7 @@ class Agent:
         self.metrics_url = metrics_url
         self.directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.directory / "slots", ignore_errors=True)
+        Path(self.socket_path).unlink(missing_ok=True)  # of an agent that was killed
         self._pulse()
         # The Dask worker needs seconds to start: it does so while we look at the devices and register.
         server = await serve_link(self.socket_path, self._answer)

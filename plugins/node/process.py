@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import uvloop
 
@@ -16,6 +19,9 @@ from manager.store import Store, StoreConnection
 from manager.store.store import connect
 from plugins.node.agent import Agent, install_signals, service_record
 from plugins.node.devices.probe import Prober, Simulated, detect
+
+SOCKET_PATH_BYTES_MAX: Final = 90
+"""The kernel allows 107 bytes in all."""
 
 log = get_logger("rocyard.agent")
 
@@ -41,9 +47,8 @@ async def serve(settings: Settings) -> None:
     url, deadline_s = settings.store.url.value, settings.store.deadline_s
     store = connect(url, deadline_s, f"agent-{node}")
     listener = StoreConnection(url, deadline_s, f"agent-{node}-wake")
-    # Paths of unix sockets are short: the data directory's may not be.
-    with tempfile.TemporaryDirectory(prefix="rocyard-") as sockets:
-        agent = Agent(settings, node, store, listener, prober, directory, Path(sockets) / "agent.sock")
+    with _socket_directory(directory) as sockets:
+        agent = Agent(settings, node, store, listener, prober, directory, sockets / "agent.sock")
         install_signals(agent)
         port, stop_metrics = serve_metrics(settings.node.metrics_host, settings.node.metrics_port)
         metrics_url = f"http://{settings.node.metrics_host}:{port}/metrics"
@@ -55,6 +60,16 @@ async def serve(settings: Settings) -> None:
             stop_metrics()
             await listener.close()
             await store.connection.close()
+
+
+@contextlib.contextmanager
+def _socket_directory(directory: Path) -> Iterator[Path]:
+    """Where the agent's socket lies: its own directory, or a temporary one where that path is too long for a socket."""
+    if len(os.fsencode(directory)) < SOCKET_PATH_BYTES_MAX:
+        yield directory
+    else:
+        with tempfile.TemporaryDirectory(prefix="rocyard-") as short:
+            yield Path(short)
 
 
 async def _announce(store: Store, name: str, metrics_url: str) -> None:

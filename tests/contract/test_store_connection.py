@@ -31,7 +31,7 @@ async def quiet(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
     before = asyncio.all_tasks()
     yield
     gc.collect()
-    if left := asyncio.all_tasks() - before:
+    if left := asyncio.all_tasks() - before - {asyncio.current_task()}:
         _, left = await asyncio.wait(left, timeout=1.0)
     assert not left, left
     noise = [record.getMessage() for record in caplog.records if record.name == "asyncio" and record.levelno > logging.DEBUG]

@@ -60,6 +60,8 @@ async def test_a_round_sequence_number_is_a_cursor_as_well(lab: Lab):
     """Newer servers write such a score as 1e+8."""
     await lab.raw("HSET", "{ry}:meta", "sequence", 10**8 - 2)
     tasks = [await lab.one(priority=10) for _ in range(4)]
+    cursor, _ = await lab.raw("FCALL", "ry_list", 1, "{ry}:", "red", "", 3, "", "")
+    assert cursor == b"100000000"
     assert await pages(lab, 1) == [[t] for t in tasks[::-1]]
     record = await lab.record(tasks[1])
     assert record.score == 10**8

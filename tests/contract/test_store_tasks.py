@@ -11,7 +11,7 @@ import pytest
 from manager.core.errors import QuotaExceeded
 from manager.core.lifecycle import CRASHES_MAX, LOSSES_MAX, Outcome, TaskStatus
 from manager.core.model import End, Submission
-from tests.contract.store_harness import RED, Lab, dump, end, submission
+from tests.contract.store_harness import RED, Lab, check_invariants, dump, end, submission
 
 S = TaskStatus
 
@@ -90,7 +90,9 @@ async def test_a_submission_that_is_sent_again_changes_nothing(lab: Lab):
     slot = await lab.open(agent)
     claim = await lab.claim(agent, slot)
     before = await dump(lab.store)
-    await lab.store.submit("red", 2, batch)  # at its quota, and one of them runs
+    await lab.store.submit("red", 100, batch)  # one of them runs
+    assert await dump(lab.store) == before, "a submission wrote over a task"
+    await lab.store.submit("red", 2, batch)  # at the tenant's quota
     assert await dump(lab.store) == before
     await lab.next(agent, slot, 0, end(claim))
     before = await dump(lab.store)
@@ -421,6 +423,7 @@ async def test_cancelling_what_waits_ends_it_at_once(lab: Lab):
     for task in (queued, waiting):
         assert await lab.store.cancel(task, "red") is S.CANCELLED
         assert await lab.store.cancel(task, "red") is S.CANCELLED
+    await check_invariants(lab.store)  # before a claim clears up
     assert (await lab.next(agent, slot)).word == "IDLE"
     assert await lab.store.due() == (0, None)
 

@@ -21,7 +21,7 @@ from manager.core.model import Claim, ClusterState, End, NextReply
 from tests.contract.store_harness import INFO, Lab, StoreServer, Violation, check_invariants, connected, submission
 
 SEEDS = 40
-STEPS = 250
+STEPS = 400
 CHECK_STEPS = 25
 NODES = ("n1", "n2", "n3")
 TENANTS = ("red", "blue")
@@ -307,15 +307,26 @@ class Walk:
 
     async def again(self) -> None:
         """A call from long ago arrives once more."""
-        if self.late:
-            await self.late.pop(self.rng.randrange(len(self.late)))()
+        if self.late:  # mostly soon, as what lies in a buffer of a connection that was cut
+            first = max(0, len(self.late) - 5) if self.rng.random() < 0.7 else 0
+            await self.late.pop(self.rng.randrange(first, len(self.late)))()
+
+    async def stray(self) -> None:
+        """An agent speaks for a slot that another one holds."""
+        busy = [(agent, held) for agent in self.agents for held in agent.slots.values()]
+        if busy:
+            owner, held = self.rng.choice(busy)
+            ends = tuple(End(i, c.attempt, Outcome.SUCCEEDED, b'"stray"') for i, c in held.claims.items())
+            for agent in self.agents:
+                if agent is not owner and (await self.next(agent, held.slot, 1, ends)).word != "FENCED":
+                    raise Violation("stranger-refused", f"{agent.incarnation} spoke for {held.slot}")
 
     # --- the whole ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         acts = {
             self.submit: 6, self.cancel: 2, self.register: 1, self.beat: 3, self.open: 6, self.work: 20, self.close_one: 1,
-            self.leave: 1, self.take_over: 1, self.look: 4, self.lead: 6, self.sweep: 1, self.again: 5,
+            self.leave: 1, self.take_over: 1, self.look: 4, self.lead: 6, self.sweep: 1, self.again: 8, self.stray: 1,
         }  # fmt: skip
         await self.take_over()
         for node in NODES:

@@ -17,7 +17,7 @@ def reachable(start, table):
 
 def test_final_states_are_these_three():
     assert frozenset({S.SUCCEEDED, S.FAILED, S.CANCELLED}) == FINAL
-    assert ACTIVE | FINAL == set(TaskStatus)
+    assert set(TaskStatus) == ACTIVE | FINAL
     assert not ACTIVE & FINAL
 
 

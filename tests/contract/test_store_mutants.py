@@ -1,0 +1,356 @@
+"""Whether the tests would notice: faults are planted in the library one by one, and each must be caught by name.
+
+A mutant is a text of the library and what replaces it, with the test that must fail. A catch is a failed assertion of
+that test, or a `Violation` of the recount; an error of the store or of the test itself is none.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from _pytest.outcomes import Failed
+
+from manager.core.lifecycle import Outcome
+from manager.store.store import library_source
+from tests.contract import test_store_leader as leader
+from tests.contract import test_store_memory as memory
+from tests.contract import test_store_reads as reads
+from tests.contract import test_store_slots as slots
+from tests.contract import test_store_tasks as tasks
+from tests.contract.store_harness import (
+    FAST,
+    PROGRAMS,
+    Lab,
+    StoreServer,
+    check_invariants,
+    connected,
+    program,
+)
+from tests.contract.test_store_walk import walk_on
+
+Test = Callable[[Lab], Awaitable[None]]
+
+
+def outcome(which: Outcome, asked: bool) -> Test:
+    """One row of the table of ends."""
+    row = next(row for row in tasks.ENDS if row[:2] == (which, asked))
+    return lambda lab: tasks.test_each_outcome_has_its_status(lab, *row)
+
+
+def old_leader(name: str) -> Test:
+    return lambda lab: leader.test_no_write_of_an_old_leader_has_an_effect(lab, name)
+
+
+async def full_store(lab: Lab) -> None:
+    """What a full store must still take, asked so that a refusal is a failed assertion."""
+    from manager.core.errors import StoreFull
+
+    async def fill() -> None:
+        await lab.raw("CONFIG", "SET", "maxmemory", 1)
+
+    try:
+        await memory.test_a_full_store_refuses_submissions_and_nothing_else(lab, fill)
+    except StoreFull as error:
+        raise AssertionError("a full store refused an end") from error
+    finally:
+        await lab.raw("CONFIG", "SET", "maxmemory", 0)
+
+
+async def walks(lab: Lab) -> None:
+    """Some random histories."""
+    for seed in range(12):
+        await lab.raw("FLUSHALL")
+        await walk_on(lab, seed, lab.url)
+
+
+def repeat(which: Outcome) -> Test:
+    return lambda lab: tasks.test_a_repeat_does_not_forget_what_its_first_send_claimed_anew(lab, which)
+
+
+# name: (text, replacement, test)
+MUTANTS: dict[str, tuple[str, str, Test]] = {
+    "attempt not checked on finish": (
+        "if task.attempt ~= attempt then return '' end",
+        "",
+        tasks.test_an_end_of_an_attempt_that_was_replaced_is_refused,
+    ),
+    "slot not checked on finish": (
+        "if not task or task.state ~= 'RUNNING' or task.slot ~= slot then",
+        "if not task or task.state ~= 'RUNNING' then",
+        tasks.test_an_end_from_another_slot_is_refused,
+    ),
+    "incarnation not checked on next": (
+        "if record[1] ~= 'OPEN' or record[2] ~= incarnation then return { 'FENCED', {}, {} } end",
+        "if record[1] ~= 'OPEN' then return { 'FENCED', {}, {} } end",
+        tasks.test_an_end_from_another_incarnation_is_refused,
+    ),
+    "token not checked": (
+        "return redis.call('HGET', p .. 'leader', 'token') == token",
+        "return true",
+        old_leader("request"),
+    ),
+    "token not checked on fence": (
+        "if not leads(p, args[1]) then return 'STALE' end\n  local now = now_ms()\n  for i = 3",
+        "local now = now_ms()\n  for i = 3",
+        old_leader("fence"),
+    ),
+    "token not checked on drop": (
+        "if not leads(p, args[1]) then return { 'STALE' } end\n  local now, dropped",
+        "local now, dropped",
+        old_leader("drop"),
+    ),
+    "token not checked on flag": (
+        "if not leads(p, args[1]) then return 'STALE' end\n  for i = 3, #args do\n    local key",
+        "for i = 3, #args do\n    local key",
+        old_leader("flag"),
+    ),
+    "token not checked on lost": (
+        "if not leads(p, args[1]) then return { 'STALE' } end\n  if redis.call('HGET', p .. 'n:'",
+        "if redis.call('HGET', p .. 'n:'",
+        old_leader("lost"),
+    ),
+    "token not checked on planned": (
+        "if not leads(p, args[1]) then return 'STALE' end\n  redis.call('HSET', p .. 'leader', 'held'",
+        "redis.call('HSET', p .. 'leader', 'held'",
+        old_leader("planned"),
+    ),
+    "token not checked on sweep": (
+        "if not leads(p, args[1]) then return { 0, 0 } end",
+        "",
+        old_leader("sweep"),
+    ),
+    "a submission overwrites": (
+        "if owner then return { owner == tenant and 'OK' or 'EXISTS' } end",
+        "",
+        tasks.test_a_submission_that_is_sent_again_changes_nothing,
+    ),
+    "a submission looks at its first id only": (
+        "if redis.call('EXISTS', unpack(names)) == 0 then return nil end",
+        "if redis.call('EXISTS', names[1]) == 0 then return nil end",
+        tasks.test_a_task_that_exists_is_never_written_again,
+    ),
+    "finish not idempotent": (
+        "if not task or task.state ~= 'RUNNING' or task.slot ~= slot then",
+        "if not task then",
+        tasks.test_an_end_is_committed_once,
+    ),
+    "a claim does not raise the attempt": (
+        "local attempt = redis.call('HINCRBY', key, 'attempt', 1)",
+        "local attempt = redis.call('HINCRBY', key, 'attempt', 0)",
+        tasks.test_a_claim_raises_the_attempt_and_nothing_lowers_it,
+    ),
+    "a requeued task starts at attempt 0": (
+        "'state', 'QUEUED', 'queued', now, 'slot', ''",
+        "'state', 'QUEUED', 'attempt', 0, 'queued', now, 'slot', ''",
+        tasks.test_a_claim_raises_the_attempt_and_nothing_lowers_it,
+    ),
+    "unstarted claims count": (
+        "return give_back(p, id, task, outcome ~= 'R', now)",
+        "return give_back(p, id, task, true, now)",
+        tasks.test_a_batch_is_claimed_in_one_call_and_what_is_returned_counts_against_nothing,
+    ),
+    "queue not changed with the record": (
+        "  redis.call('ZREM', p .. 'q:' .. task.shape, id)\n",
+        "",
+        tasks.test_cancelling_what_waits_ends_it_at_once,
+    ),
+    "queue not filled with the record": (
+        "  redis.call('ZADD', p .. 'q:' .. task.shape, task.score, id)\n",
+        "",
+        outcome(Outcome.LOST, False),
+    ),
+    "cancelled after it has succeeded": (
+        "if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end\n  if task.cancel == '1'",
+        "if outcome == 'S' and task.cancel ~= '1' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end\n"
+        "  if task.cancel == '1'",
+        tasks.test_cancel_and_success_in_both_orders,
+    ),
+    "a final task is cancelled": (
+        "if not LIVE[task.state] then return task.state end",
+        "",
+        tasks.test_cancel_and_success_in_both_orders,
+    ),
+    "retry without a cap": (
+        "if failures >= tonumber(task.max_attempts) then return finalise(p, id, task, 'FAILED', '', payload, now) end",
+        "",
+        tasks.test_a_failure_is_tried_again_after_a_while_and_not_beyond_its_limit,
+    ),
+    "losses without a cap": (
+        "if losses >= LOSSES_MAX then",
+        "if false then",
+        tasks.test_losses_blame_nobody_but_have_a_cap,
+    ),
+    "quota not given back": (
+        "  redis.call('HINCRBY', p .. 'tn:' .. task.tenant, 'active', -1)\n",
+        "",
+        outcome(Outcome.SUCCEEDED, False),
+    ),
+    "next refused by a full store": (
+        "{ function_name = 'ry_next', callback = next_, flags = { 'allow-oom' } }",
+        "{ function_name = 'ry_next', callback = next_ }",
+        full_store,
+    ),
+    "close refused by a full store": (
+        "{ function_name = 'ry_close', callback = close, flags = { 'allow-oom' } }",
+        "{ function_name = 'ry_close', callback = close }",
+        full_store,
+    ),
+    "submission taken by a full store": (
+        "redis.register_function('ry_submit', submit)",
+        "redis.register_function { function_name = 'ry_submit', callback = submit, flags = { 'allow-oom' } }",
+        full_store,
+    ),
+    "not marked idle with the empty claim": (
+        "    redis.call('SADD', p .. 'idle:' .. shape, slot)\n    redis.call('HSET', key, 'idle', now)\n",
+        "    redis.call('HSET', key, 'idle', now)\n",
+        tasks.test_no_wake_up_is_lost_between_an_empty_queue_and_the_idle_mark,
+    ),
+    "a slot that closes wakes nobody": (
+        "  if redis.call('ZCARD', p .. 'q:' .. shape) > 0 then work_arrived(p, shape, math.max(returned, 1)) end\n",
+        "",
+        tasks.test_a_slot_that_closes_with_work_queued_wakes_another,
+    ),
+    "a closed slot keeps its claims": (
+        "    if task and task.state == 'RUNNING' and task.slot == slot then\n      give_back",
+        "    if false then\n      give_back",
+        slots.test_closing_gives_back_all_claims,
+    ),
+    "an id opens again": (
+        "if record[1] ~= 'REQUESTED' then return { 'REFUSED' } end",
+        "",
+        slots.test_a_closed_slot_is_refused_for_ever,
+    ),
+    "a fenced incarnation goes on": (
+        "record[1] == incarnation and record[2] ~= incarnation and record[3] ~= '1'",
+        "record[1] == incarnation and record[3] ~= '1'",
+        slots.test_a_lost_incarnation_can_do_nothing_any_more,
+    ),
+    "a node that left opens slots": (
+        "record[1] == incarnation and record[2] ~= incarnation and record[3] ~= '1'",
+        "record[1] == incarnation and record[2] ~= incarnation",
+        slots.test_a_node_that_leaves_gives_all_back_and_opens_nothing_more,
+    ),
+    "a replaced incarnation registers": (
+        "if string.find(past, incarnation .. ' ', 1, true) then return 'FENCED' end",
+        "",
+        slots.test_a_late_registration_of_a_replaced_incarnation_ends_nothing,
+    ),
+    "a new incarnation ends nothing": (
+        "    close_all_of(p, node, 'AgentRestarted', now_ms())\n",
+        "",
+        slots.test_a_new_incarnation_ends_all_that_the_node_held,
+    ),
+    "a repeat forgets a claim": (
+        "  if task.attempt ~= attempt then return '' end\n  redis.call('SREM', p .. 'run:' .. slot, id)\n",
+        "  redis.call('SREM', p .. 'run:' .. slot, id)\n  if task.attempt ~= attempt then return '' end\n",
+        repeat(Outcome.RETURNED),
+    ),
+    "a repeat is served": (
+        "if status ~= '' and args[i + 5] ~= ''",
+        "if args[i + 5] ~= ''",
+        tasks.test_a_repeat_is_served_and_learned_from_once,
+    ),
+    "what comes back wakes nobody": (
+        "    if left > 0 then work_arrived(p, shape, left) end\n",
+        "",
+        tasks.test_what_a_slot_gives_back_and_does_not_take_again_wakes_another,
+    ),
+    "lost claims are not told again": (
+        "  if #lost > 0 then return { 'WORK', commits, lost } end\n",
+        "",
+        tasks.test_claims_whose_answer_was_lost_are_told_again,
+    ),
+    "an old error stays with a success": (
+        "'cancel', '', 'error', err }",
+        "'cancel', '' }",
+        tasks.test_a_success_leaves_no_error_of_an_earlier_attempt,
+    ),
+    "an opened slot is dropped": (
+        "if record[1] == 'REQUESTED' then close_slot",
+        "if record[1] ~= 'CLOSED' then close_slot",
+        leader.test_only_slots_that_nobody_opened_are_dropped,
+    ),
+    "a sweep takes what is not final": (
+        "if task[1] and not LIVE[task[2]] then",
+        "if task[1] then",
+        leader.test_a_sweep_never_takes_a_task_that_is_not_final,
+    ),
+    "a term is taken from one that beats": (
+        "current.token == token and (current.beat == seen or current.holder == '')",
+        "current.token == token",
+        leader.test_a_term_is_taken_only_from_what_was_seen,
+    ),
+    "a sent-again take is not told": (
+        "    word = 'OK' -- taken by the first send of this call\n",
+        "",
+        leader.test_a_take_that_is_sent_again_is_told_that_it_worked,
+    ),
+    "a cursor as the server writes it": (
+        "  return string.format('%.0f', tonumber(score))",
+        "  return string.gsub(tostring(score), '00000000$', 'e+8')",
+        reads.test_a_round_sequence_number_is_a_cursor_as_well,
+    ),
+}
+BY_WALK = (
+    *("attempt not checked on finish", "incarnation not checked on next", "token not checked", "a submission overwrites"),
+    *("finish not idempotent", "a claim does not raise the attempt", "queue not filled with the record"),
+    *("a closed slot keeps its claims", "a fenced incarnation goes on", "a repeat forgets a claim", "quota not given back"),
+    *("a replaced incarnation registers", "an id opens again", "a requeued task starts at attempt 0"),
+)
+"""Those that the walk must catch as well, without being told what to look for."""
+
+
+@pytest.fixture(scope="module")
+def mutant_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """Whichever server there is: what is tested here are the tests."""
+    name = next((name for name in PROGRAMS if _there(name)), PROGRAMS[0])
+    server = StoreServer(tmp_path_factory.mktemp("mutants"), name, *FAST).start()
+    yield server
+    server.kill()
+
+
+def _there(name: str) -> bool:
+    try:
+        return bool(program(name))
+    except (pytest.skip.Exception, Failed):
+        return False
+
+
+@asynccontextmanager
+async def mutated(server: StoreServer, text: str, replacement: str) -> AsyncIterator[Lab]:
+    """A lab whose server has the library with one change."""
+    source = library_source()
+    assert source.count(text) == 1, f"the library has {source.count(text)} of: {text}"
+    async with connected(server.url) as lab:
+        await lab.raw("FUNCTION", "LOAD", "REPLACE", source.replace(text, replacement))
+        yield lab
+
+
+async def caught(lab: Lab, test: Test) -> str:
+    """How the test or the recount after it noticed; empty where neither did."""
+    try:
+        await test(lab)
+        await check_invariants(lab.store)
+    except (AssertionError, Failed) as error:  # Failed: pytest.raises did not see its exception
+        return str(error) or "assertion"
+    return ""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+async def test_a_planted_fault_is_caught(mutant_server: StoreServer, name: str):
+    text, replacement, test = MUTANTS[name]
+    async with mutated(mutant_server, text, replacement) as lab:
+        assert await caught(lab, test), f"nobody noticed: {name}"
+
+
+@pytest.mark.parametrize("name", BY_WALK)
+async def test_the_walk_catches_a_planted_fault(mutant_server: StoreServer, name: str):
+    text, replacement, _ = MUTANTS[name]
+    async with mutated(mutant_server, text, replacement) as lab:
+        assert await caught(lab, walks), f"the walk did not notice: {name}"
+
+
+@pytest.mark.parametrize("test", {test for _, _, test in MUTANTS.values()}, ids=lambda test: test.__name__)
+async def test_without_a_fault_nothing_is_caught(mutant_server: StoreServer, test: Test):
+    async with connected(mutant_server.url) as lab:
+        assert await caught(lab, test) == ""

@@ -1,0 +1,373 @@
+"""Placement in a real Dask: slots wait until they fit, go where they were told, and outlive workers and schedulers."""
+
+import random
+import time
+
+import dask
+import pytest
+from distributed import Future
+
+from manager.core.placement import Grant
+from manager.core.quantities import GIB
+from plugins.scheduler import GpuAnnotationRefused, PlacementPlugin, dask_setup
+from plugins.slot import GpuWorkNotPlaced
+from tests.integration.dask_world import World, configured, eventually, hook_errors
+from tests.unit import factories as make
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+async def world(tmp_path):
+    with configured():
+        made = World(tmp_path)
+        before = hook_errors()
+        await made.start()
+        yield made
+        ledger = made.plugin.ledger.index if PlacementPlugin.name in made.scheduler.plugins else None
+        await made.stop()
+        assert made.problems == []
+        assert hook_errors() - before == made.hook_errors_expected
+        assert ledger is None or make.over_committed(ledger) == []
+
+
+def plus(number, more=1):
+    return number + more
+
+
+async def test_a_slot_is_held_until_it_fits_and_gets_what_it_asked_for(world):
+    agent = await world.agent("a", 24, 24)
+    for slot_id in ("s", "t", "u"):
+        await world.submit(slot_id, 16)
+    await world.held("u")
+    await eventually(lambda: len(agent.live) == 2, "two fit")
+    assert agent.live == {"s": make.grant("a", "d0", 16), "t": make.grant("a", "d1", 16)}
+    agent.close("t")
+    await eventually(lambda: "u" in agent.live, "the third follows")
+    assert agent.live["u"] == make.grant("a", "d1", 16)
+    assert await world.where("s", "t", "u") == ["placed", "", "placed"]
+
+
+async def test_a_slot_on_several_devices(world):
+    agent = await world.agent("a", 24, 24)
+    await world.submit("wide", 20, gpus=2)
+    await eventually(lambda: agent.live, "it is open")
+    assert agent.live["wide"].devices == ("d0", "d1")
+
+
+async def test_a_node_that_comes_late_is_used_at_once(world):
+    await world.submit("s")
+    await world.held("s")
+    agent = await world.agent("a", 24)
+    registered_s = time.monotonic()
+    await eventually(lambda: "s" in agent.live, "it is open", timeout_s=1.0)
+    assert time.monotonic() - registered_s < 1.0
+
+
+async def test_many_slots_come_and_go_and_nothing_is_promised_twice(world):
+    chance = random.Random(7)
+    agents = [await world.agent(node, 24, 24) for node in "abc"]
+    names = [f"s{number}" for number in range(60)]
+    for name in names:
+        await world.submit(name, chance.choice([2, 6, 12, 20]), chance.choice([1, 1, 1, 2]))
+
+    def end_some():
+        for agent in agents:
+            for slot_id in [slot for slot in agent.live if chance.random() < 0.5]:
+                agent.close(slot_id)
+        return sum(len(agent.closed) for agent in agents) == len(names)
+
+    await eventually(end_some, "all have had their turn", timeout_s=30.0)
+    await eventually(lambda: not world.ledger.requests, "Dask has forgotten them")
+    assert world.ledger.index.grants == {}
+
+
+async def test_cancelling_the_future_of_a_slot_frees_nothing(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    await world.client.cancel([Future("slot-s", world.client)], force=True)
+    await eventually(lambda: "s" not in world.ledger.requests, "Dask has forgotten it")
+    await world.submit("t")
+    await world.held("t")
+    assert await world.where("s", "t") == ["leased", "held"]
+    await world.submit("s", node="a")
+    await eventually(lambda: agent.asked == ["s", "s"], "it is adopted")
+    assert await world.where("s", "t") == ["placed", "held"]
+    agent.close("s")
+    await eventually(lambda: "t" in agent.live, "its lease ends when the agent says so")
+
+
+async def test_a_slot_outlives_its_dask_worker_and_is_placed_on_its_own_node_again(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    other = await world.agent("b", 24)
+    await agent.kill_worker()
+    await world.held("s")
+    await world.submit("t")
+    await eventually(lambda: "t" in other.live, "somebody else goes where there is a worker")
+    assert await world.where("s") == ["held"]
+    await agent.start_worker()
+    await eventually(lambda: agent.asked == ["s", "s"], "it is adopted")
+    assert set(agent.live) == {"s"}
+    assert "s" not in other.asked
+
+
+async def test_many_deaths_of_workers_blame_no_slot(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    for life in range(1, 6):
+        await eventually(lambda life=life: len(agent.asked) == life, "it is open or adopted")
+        await agent.kill_worker()
+        await world.held("s")
+        await agent.start_worker()
+    await eventually(lambda: len(agent.asked) == 6, "it is adopted for the fifth time")
+
+
+async def test_a_slot_that_ended_while_its_worker_was_away(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    await agent.kill_worker()
+    await world.submit("t")
+    await world.held("s", "t")
+    agent.close("s")
+    await agent.start_worker()
+    await eventually(lambda: "t" in agent.live, "the report has freed the lease")
+    await eventually(lambda: "s" not in world.ledger.requests, "it is asked for once more, and is gone")
+
+
+async def test_a_new_scheduler_learns_the_leases_before_it_places_anything(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    port = world.scheduler.port
+    await world.client.close()
+    await world.dask.close()
+    await world.scheduler.close()
+    await agent.worker.close(timeout=1, executor_wait=False, nanny=False)
+    await world.start(port=port)
+    await world.submit("new")
+    await world.submit("s", node="a")
+    await world.held("new", "s")
+    await agent.start_worker()
+    await eventually(lambda: agent.asked == ["s", "s"], "it is adopted")
+    assert await world.where("s", "new") == ["placed", "held"]
+    assert set(agent.live) == {"s"}
+    agent.close("s")
+    await eventually(lambda: "new" in agent.live, "then the new one")
+
+
+async def test_client_restart_ends_no_slot(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    old = agent.worker
+    await world.client.restart(wait_for_workers=False, timeout=5)
+    await old.finished()
+    assert set(agent.live) == {"s"}
+    await agent.start_worker()
+    await eventually(lambda: world.ledger.index.grants, "its lease is known")
+    assert await world.where("s") == ["leased"]
+    await world.submit("s", node="a")
+    await eventually(lambda: agent.asked == ["s", "s"], "it is adopted")
+
+
+async def test_a_worker_without_a_report_gets_no_gpu_work_and_plain_work_all_the_same(world):
+    worker = await world.plain_worker()
+    await world.submit("s")
+    await world.held("s")
+    assert await world.client.submit(plus, 1, workers=[worker.address]) == 2
+    assert await world.where("s") == ["held"]
+
+
+async def test_plain_tasks_run_while_slots_are_open_and_held(world):
+    """The worker has one thread: a slot that held it would stop everything else."""
+    agent = await world.agent("a", 24, 24)
+    for slot_id in ("s", "t", "u"):
+        await world.submit(slot_id)
+    await eventually(lambda: len(agent.live) == 2, "two are open")
+    await world.held("u")
+    assert await world.client.gather(world.client.map(plus, range(20))) == list(range(1, 21))
+    assert len(agent.live) == 2
+
+
+async def test_stealing_leaves_slots_alone(world):
+    agent = await world.agent("a", 96)
+    for number in range(8):
+        await world.submit(f"s{number}", 8)
+    await eventually(lambda: len(agent.live) == 8, "all are open")
+    other = await world.agent("b", 96)
+    await world.client.gather(world.client.map(plus, range(200)))
+    assert (len(agent.asked), other.asked) == (8, [])
+    assert all(ws.processing for ws in world.scheduler.workers.values() if ws.address == agent.worker.address)
+
+
+# --- work that must not run -----------------------------------------------------------------------------------------
+
+
+async def test_a_task_with_a_gpu_annotation_fails_with_a_clear_error(world):
+    await world.plain_worker()
+    with dask.annotate(gpu={"memory": "16GiB"}):
+        future = world.client.submit(plus, 1)
+    with pytest.raises(GpuAnnotationRefused, match="submit a task over REST"):
+        await future
+    assert await world.client.submit(plus, 2) == 3
+
+
+async def test_a_graph_with_a_gpu_annotation_fails_with_a_clear_error(world):
+    await world.agent("a", 24)
+    first = dask.delayed(plus)(1)
+    with dask.annotate(gpu={"memory": "16GiB"}):
+        second = dask.delayed(plus)(first)
+    with pytest.raises(GpuAnnotationRefused, match="submit a task over REST"):
+        await world.client.compute(dask.delayed(plus)(second), optimize_graph=False)
+
+
+@pytest.mark.parametrize("wanted", [{"slot": "other", "shape": "{}"}, {"slot": "x"}, {"slot": "x", "shape": "?"}, 7, "16GiB"])
+async def test_a_request_that_cannot_be_read_never_runs(world, wanted):
+    world.hook_errors_expected = int(isinstance(wanted, dict) and wanted["slot"] == "x")
+    agent = await world.agent("a", 24)
+    with dask.annotate(gpu=wanted):
+        future = world.client.submit(plus, 1, key="slot-x")
+    if world.hook_errors_expected:
+        await eventually(lambda: world.scheduler.tasks["slot-x"].state == "no-worker", "it is held for ever")
+    else:
+        with pytest.raises(GpuAnnotationRefused):
+            await future
+    assert (agent.asked, world.ledger.index.grants) == ([], {})
+
+
+async def test_without_the_plugin_a_worker_refuses_gpu_work(tmp_path):
+    with configured():
+        bare = World(tmp_path)
+        await bare.start(preload=False)
+        agent = await bare.agent("a", 24)
+        with dask.annotate(gpu={"memory": "16GiB"}):
+            future = bare.client.submit(plus, 1, retries=0)
+        with pytest.raises(GpuWorkNotPlaced):
+            await future
+        assert agent.live == {}
+        await bare.stop()
+
+
+async def test_somebodys_own_task_may_be_called_like_a_slot(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    assert await world.client.submit(plus, 1, key="slot-mine") == 2
+    assert "s" in world.ledger.index.grants
+    future = world.client.submit(time.monotonic, key="slot-moved", pure=False)
+    await future
+    await agent.kill_worker()
+    await world.plain_worker()
+    assert await future > 0, "recomputed elsewhere, and not held like a slot"
+
+
+# --- the controller's words -----------------------------------------------------------------------------------------
+
+
+async def test_a_slot_that_was_placed_and_not_opened_is_taken_back(world):
+    agent = await world.agent("a", 24)
+    agent.frozen.clear()
+    await world.submit("s")
+    await eventually(lambda: "s" in world.ledger.index.grants, "it is placed")
+    await world.dask.dropped(["s"])
+    assert await world.where("s") == [""]
+    other = await world.agent("b", 24)
+    await world.submit("t")
+    await eventually(lambda: "t" in other.live or "t" in world.ledger.index.grants, "its memory is free again")
+
+
+async def test_a_lost_node_gets_nothing_until_another_incarnation_registers(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    await world.dask.lost("a", "i1")
+    assert world.ledger.index.grants == {}
+    await world.submit("t")
+    await world.held("t")
+    agent.live.clear()
+    await agent.kill_worker()
+    agent.incarnation = "i2"
+    await agent.start_worker()
+    await eventually(lambda: "t" in agent.live, "the new incarnation is trusted")
+
+
+async def test_room_that_is_kept_goes_to_the_slot_that_it_is_kept_for(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s", 12)
+    await world.submit("t", 12)
+    await eventually(lambda: len(agent.live) == 2, "the device is full")
+    await world.submit("small", 12)
+    await world.submit("large", 24)
+    await world.held("small", "large")
+    client = await world.dask._connected()
+    await client.scheduler.rocyard_keep(slots={"large": ["a", ["d0"], 24 * GIB]})
+    assert world.ledger.index.kept == {"large": Grant("a", ("d0",), 24 * GIB)}
+    agent.close("s")
+    await eventually(lambda: "s" not in world.ledger.requests, "half of it is free")
+    assert await world.where("small", "large") == ["held", "held"]
+    agent.close("t")
+    await eventually(lambda: "large" in agent.live, "the large one has it all")
+
+
+async def test_asking_twice_for_a_slot_changes_nothing(world):
+    agent = await world.agent("a", 24)
+    for _ in range(3):
+        await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    await world.submit("s")
+    assert await world.where("s") == ["placed"]
+    assert agent.asked == ["s"]
+
+
+# --- the plugin's own errors ----------------------------------------------------------------------------------------
+
+
+async def test_an_exception_in_a_hook_is_counted_and_stops_nothing(world, monkeypatch):
+    world.hook_errors_expected = 1
+
+    def broken(report, now_s):
+        raise KeyError(report.node)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.ledger, "register", broken)
+        await world.agent("a", 24)
+    await world.submit("s")
+    await world.held("s")
+    agent = await world.agent("b", 24)
+    await eventually(lambda: "s" in agent.live, "the next node is used")
+
+
+async def test_an_exception_in_the_pump_loses_no_slot(world, monkeypatch):
+    world.hook_errors_expected = 1
+    agent = await world.agent("a", 24)
+    transitions = world.scheduler.transitions
+
+    def broken(recommendations, stimulus_id):
+        monkeypatch.setattr(world.scheduler, "transitions", transitions)
+        raise RuntimeError(stimulus_id)
+
+    await world.submit("first", 4)
+    await eventually(lambda: "first" in agent.live, "it is open")
+    await world.submit("s", 24)
+    await world.held("s")
+    monkeypatch.setattr(world.plugin.scheduler, "transitions", broken)
+    world.ledger.ended("first", time.monotonic())
+    agent.close("first")
+    world.plugin.ask_pump()
+    await eventually(lambda: "s" in agent.live, "it is placed by the next pump")
+
+
+async def test_a_second_preload_changes_nothing(world):
+    plugin = world.plugin
+    handler = world.scheduler.handlers["rocyard_slots"]
+    await dask_setup(world.scheduler)
+    assert world.plugin is plugin
+    assert world.scheduler.handlers["rocyard_slots"] == handler
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    assert await world.where("s") == ["placed"]

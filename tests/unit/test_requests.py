@@ -1,0 +1,181 @@
+"""What the REST API takes and gives: strict in what it takes, the same for server and client."""
+
+import contextlib
+import datetime as dt
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manager.api.body import DEPTH_MAX, batch_request, checked_json, task_request
+from manager.api.cursors import decode_cursor, encode_cursor
+from manager.api.query import parse_query, wait_s
+from manager.api.submissions import refuse_infeasible, submission_of
+from manager.api.watch import Largest
+from manager.core.errors import BadRequest, Infeasible, TooLarge
+from manager.core.functions import PublishedFunction
+from manager.core.lifecycle import TaskStatus
+from manager.core.model import TaskRecord, TaskSpec
+from manager.core.quantities import GIB
+from manager.core.requests import KeyScope, ResourceRequest, TaskRequest, TaskView, summary_of, utc, view_of
+from manager.core.shapes import Resources
+from manager.keys import make_key, parse_key, verify
+from manager.settings import Settings
+
+FUNCTION = PublishedFunction("echo", "", msgspec.Raw(b"{}"), 2 * GIB, gpus=1, time_limit_s=60.0)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(), children, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(args=st.dictionaries(st.text(), json_values, max_size=5))
+def test_any_arguments_that_are_json_come_through_unchanged(args):
+    body = json.dumps({"function": "f", "args": args}).encode()
+    request, plain = task_request(body)
+    assert plain == args
+    assert json.loads(bytes(request.args)) == args
+
+
+@given(text=st.text(alphabet='[]{}"\\:,a1 ', max_size=200))
+def test_nothing_but_a_refusal_comes_of_text_that_is_no_json(text):
+    """Whatever brackets and quotes do, the answer is that of a JSON decoder or a refusal."""
+    try:
+        expected = json.loads(text)
+    except ValueError:
+        expected = None
+    with contextlib.suppress(BadRequest):
+        assert checked_json(text.encode()) == expected
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_depth_is_counted_exactly(opening):
+    closing = {"[": "]", '{"a":': "}"}[opening]
+
+    def nested(depth: int) -> bytes:
+        return (opening * depth + "1" + closing * depth).encode()
+
+    def body(inner: bytes) -> bytes:
+        return b'{"a":' + inner + b',"filler":[[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[],[]]}'
+
+    checked_json(body(nested(DEPTH_MAX - 1)))
+    with pytest.raises(BadRequest, match="deeper"):
+        checked_json(body(nested(DEPTH_MAX)))
+
+
+def test_brackets_in_text_are_no_depth():
+    text = "[" * 100 + '\\"{{{'
+    assert checked_json(json.dumps({"a": text, "b": [[]] * 40}).encode())["a"] == text
+
+
+def test_defaults_are_the_functions_and_what_is_asked_for_wins():
+    plain = submission_of(TaskRequest("echo"), FUNCTION, "t", "1", Settings())
+    assert (plain.spec.resources, plain.spec.time_limit_s) == (Resources(2 * GIB, 1), 60.0)
+    asked = TaskRequest("echo", resources=ResourceRequest("300 MiB", 2), time_limit="2m", priority=-3, max_attempts=2)
+    found = submission_of(asked, FUNCTION, "t", "1", Settings())
+    assert found.spec.resources == Resources(300 * 1024**2, 2)
+    assert (found.spec.time_limit_s, found.spec.priority, found.spec.max_attempts) == (120.0, -3, 2)
+    assert found.shape.memory_bytes == 512 * 1024**2
+
+
+def test_equal_needs_of_two_tenants_are_two_shapes():
+    one, other = (submission_of(TaskRequest("echo"), FUNCTION, tenant, "1", Settings()) for tenant in ("a", "b"))
+    assert one.shape_id != other.shape_id
+
+
+def test_arguments_over_the_limit_are_refused():
+    with pytest.raises(TooLarge):
+        submission_of(TaskRequest("echo", msgspec.Raw(b"x" * (256 * 1024 + 1))), FUNCTION, "t", "1", Settings())
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpus", "ok"),
+    [(10, 1, True), (11, 1, False), (4, 2, True), (5, 2, False), (1, 3, False)],
+)
+def test_feasibility_is_that_of_the_best_node_for_so_many_devices(memory, gpus, ok):
+    largest = (Largest(10 * GIB, "a", "M"), Largest(4 * GIB, "b", "M"))
+    submission = submission_of(
+        TaskRequest("echo", resources=ResourceRequest(memory * GIB, gpus)), FUNCTION, "t", "1", Settings()
+    )
+    refuse_infeasible(submission.shape, memory * GIB, ())
+    if ok:
+        refuse_infeasible(submission.shape, memory * GIB, largest)
+    else:
+        with pytest.raises(Infeasible):
+            refuse_infeasible(submission.shape, memory * GIB, largest)
+
+
+def test_a_batch_keeps_its_order():
+    body = json.dumps({"tasks": [{"function": f"f{number}", "args": {"n": number}} for number in range(20)]}).encode()
+    assert [(r.function, plain["n"]) for r, plain in batch_request(body)] == [(f"f{n}", n) for n in range(20)]
+
+
+def test_a_view_reads_back_as_it_was_written():
+    spec = TaskSpec("echo", msgspec.Raw(b'{"x":1}'), Resources(GIB))
+    record = TaskRecord(
+        task_id="0" * 26, status=TaskStatus.SUCCEEDED, tenant="t", function="echo", shape_id="s", attempt=1,
+        created_ms=1_700_000_000_123, finished_ms=1_700_000_001_000, spec=spec, result=b'{"y":[1,2]}', node="n",
+    )  # fmt: skip
+    raw = msgspec.json.encode(view_of(record, with_args=True))
+    plain = json.loads(raw)
+    assert plain["created_at"] == "2023-11-14T22:13:20.123000Z"
+    assert (plain["result"], plain["args"], plain["started_at"]) == ({"y": [1, 2]}, {"x": 1}, None)
+    back = msgspec.json.decode(raw, type=TaskView)
+    assert (bytes(back.result), back.status, back.created_at) == (b'{"y":[1,2]}', TaskStatus.SUCCEEDED, utc(1_700_000_000_123))
+    assert "args" not in json.loads(msgspec.json.encode(view_of(record)))
+    assert "result" not in json.loads(msgspec.json.encode(summary_of(record)))
+    assert back.created_at.tzinfo is dt.UTC
+
+
+def test_a_view_of_tomorrow_is_read_today():
+    spec = TaskSpec("echo", msgspec.Raw(b"{}"), Resources(GIB))
+    record = TaskRecord(task_id="0", status=TaskStatus.QUEUED, tenant="t", function="f", shape_id="s", attempt=0, spec=spec)
+    plain = json.loads(msgspec.json.encode(view_of(record))) | {"a_new_field": 1}
+    assert msgspec.json.decode(json.dumps(plain), type=TaskView).function == "f"
+
+
+def test_keys_have_their_form_and_verify_only_their_secret():
+    text, record = make_key("team-1", KeyScope.USER, 0)
+    parsed = parse_key(text)
+    assert parsed is not None
+    assert (parsed[0], len(parsed[1])) == (record.key_id, 43)
+    assert verify(record, parsed[1])
+    assert not verify(record, parsed[1][:-1] + ("A" if parsed[1][-1] != "A" else "B"))
+    assert not verify(None, parsed[1])
+    assert not verify(msgspec.structs.replace(record, revoked_ms=1), parsed[1])
+    assert parsed[1] not in repr(record)
+    assert parse_key(text + "x") is None
+    assert parse_key(text + "\n") is None
+
+
+@pytest.mark.parametrize("tenant", ["", "A", "a b", "a:b", "-a", "a" * 64, "a\n", "é", "../x"])
+def test_what_cannot_name_a_tenant_is_refused(tenant):
+    with pytest.raises(BadRequest):
+        make_key(tenant, KeyScope.USER, 0)
+
+
+@given(before=st.integers(0, 2**53), filters=st.tuples(st.text(), st.text()))
+def test_a_cursor_gives_its_number_back_to_its_key_and_filters_only(before, filters):
+    (_, key), (_, other) = (make_key("t", KeyScope.READ, 0) for _ in range(2))
+    text = encode_cursor(key, filters, before)
+    assert decode_cursor(key, filters, text) == before
+    for wrong_key, wrong_filters in ((other, filters), (key, (filters[0] + "x", filters[1]))):
+        with pytest.raises(BadRequest):
+            decode_cursor(wrong_key, wrong_filters, text)
+
+
+@given(raw=st.binary(max_size=60))
+def test_any_query_is_read_or_refused(raw):
+    try:
+        found = parse_query(raw, ("a", "b"))
+    except BadRequest:
+        return
+    assert found.keys() <= {"a", "b"}
+
+
+def test_a_wait_is_cut_to_the_limit():
+    assert (wait_s("2", 60.0), wait_s("5m", 60.0), wait_s("0", 60.0)) == (2.0, 60.0, 0.0)
