@@ -1,5 +1,5 @@
 """Uvicorn's HTTP protocol with the limits that httptools leaves out: the size of a request's head, the time that it may take,
-and the number of connections. Refusals have the form of all others.
+and the number of connections. Refusals have the form of all others. Head and body of an answer leave in one write.
 
 Knows uvicorn's class as it is in 0.34 to 0.54; tests/integration/test_api_wire.py holds each limit.
 """
@@ -23,21 +23,56 @@ _REASONS: Final = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request 
                    503: b"Service Unavailable"}  # fmt: skip
 
 
+class JoinedWrites:
+    """A transport that sends what is written in one turn of the loop together: uvicorn writes head and body apart, which
+    costs a system call and a packet for each answer.
+    """
+
+    __slots__ = ("_loop", "_parts", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def _flush(self) -> None:
+        if self._parts:
+            data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            self._parts.clear()
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
+        self._head_pending = True
         self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(JoinedWrites(transport, self.loop))  # type: ignore[arg-type]  # it is all that is used of one
         if len(self.connections) > CONNECTIONS_MAX:
             self._refuse(problems.Overloaded())
         else:
-            self._start_head_timer()
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
@@ -46,11 +81,12 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._refused:
             super().data_received(data)
+            if self._head_pending and self._head_timer is None:
+                self._await_head()
 
     def on_message_begin(self) -> None:
         self._head_bytes = 0
-        if self._head_timer is None:
-            self._start_head_timer()
+        self._head_pending = True
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -62,6 +98,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._head_pending = False
         self._stop_head_timer()
         if not self._refused:
             super().on_headers_complete()
@@ -82,8 +119,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(problems.HeadTooLarge(f"The request's line and headers are over {HEAD_BYTES_MAX} bytes."))
             raise _HeadTooLargeError
 
-    def _start_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_S_MAX, self._refuse, problems.RequestTimeout("The request does not come."))
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S_MAX, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._refuse(problems.RequestTimeout("The request does not come."))
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

@@ -18,6 +18,7 @@ ta:TENANT               zset    functions                  those of them that ar
 tn:TENANT               hash    functions                  counters of a tenant
 counts                  hash    functions                  tasks by status
 shapes                  hash    functions                  SHAPE → its canonical JSON
+active                  set     functions                  shapes that have waiting tasks or slots
 sh:SHAPE                hash    functions                  learned run time and counters of a shape
 s:SLOT                  hash    functions                  one slot; CLOSED stays as a tombstone
 slots                   set     functions                  slots that are not closed
@@ -26,6 +27,7 @@ idle:SHAPE              set     functions                  open slots that wait 
 run:SLOT                set     functions                  tasks that the slot has claimed
 x:SLOT                  set     functions                  running tasks of the slot whose cancellation was asked
 n:NODE                  hash    agent (by functions)       one node: incarnation, beat, inventory, fenced
+ns:NODE                 set     functions                  open slots of a node
 nodes                   set     functions                  names of nodes
 hb:NODE                 hash    Dask worker (plugin)       the worker's heartbeat with its device readings
 fn:NAME                 string  agent                      a registered function: schema and defaults

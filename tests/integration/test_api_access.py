@@ -5,13 +5,13 @@ import re
 
 import httpx
 import pytest
-from api_world import WHO, World, running_store, serving, until_answer
 
 from manager.api.app import refuse_undeclared
 from manager.api.operations import Operation, Public
 from manager.core.errors import RocyardError
 from manager.core.requests import KeyScope
 from manager.keys import LastAdminKey, create_key, list_keys, revoke_key
+from tests.integration.api_world import WHO, World, running_store, serving, until_answer
 
 pytestmark = pytest.mark.integration
 

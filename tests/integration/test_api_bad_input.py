@@ -7,10 +7,10 @@ import json
 import httpx
 import msgspec
 import pytest
-from api_world import World, running_store, serving, until
 
 from manager.api import problems
 from manager.core.requests import Problem
+from tests.integration.api_world import World, running_store, serving, until
 
 pytestmark = pytest.mark.integration
 

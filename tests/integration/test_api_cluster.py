@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from api_world import GIB, NODE, Agent, World, running_store, serving, until_answer
 
 import manager.api
 from manager.core.model import DeviceUse
 from manager.core.requests import ClusterView, FunctionList, Readiness, WorkerList, WorkerState
 from manager.settings import Settings
+from tests.integration.api_world import GIB, NODE, Agent, World, running_store, serving, until_answer
 
 pytestmark = pytest.mark.integration
 

@@ -5,9 +5,9 @@ import time
 
 import msgspec
 import pytest
-from api_world import RunningStore, World, running_store, serving, until, until_answer
 
 from manager.settings import Settings
+from tests.integration.api_world import RunningStore, World, running_store, serving, until, until_answer
 
 pytestmark = pytest.mark.integration
 

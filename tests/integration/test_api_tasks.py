@@ -5,12 +5,12 @@ import datetime as dt
 
 import msgspec
 import pytest
-from api_world import GIB, NODE, World, running_store, serving, until, until_answer
 
 from manager.core.ids import is_id
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.requests import Accepted, TaskPage, TaskView
 from manager.settings import Settings, TenantSettings
+from tests.integration.api_world import GIB, NODE, World, running_store, serving, until, until_answer
 
 pytestmark = pytest.mark.integration
 

@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from api_world import World, running_store, serving, until
 
 from manager.api import exchange, protocol
+from tests.integration.api_world import World, running_store, serving, until
 
 pytestmark = pytest.mark.integration
 

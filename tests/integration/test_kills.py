@@ -47,9 +47,7 @@ def test_death_of_a_central_process_interrupts_no_task(cluster: Cluster, role: s
         eventually(lambda: _answers(cluster), 20, "the API")
     _finish(cluster, gate, tasks)
     for task in tasks:
-        assert len(cluster.started(task)) == 1, (
-            f"{task.task_id} started twice ({'running' if task in running else 'queued'})"
-        )
+        assert len(cluster.started(task)) == 1, f"{task.task_id} started twice ({'running' if task in running else 'queued'})"
 
 
 def _answers(cluster: Cluster) -> bool:

@@ -92,10 +92,22 @@ async def test_cancelling_the_future_of_a_slot_frees_nothing(world):
     await world.held("t")
     assert await world.where("s", "t") == ["leased", "held"]
     await world.submit("s", node="a")
-    await eventually(lambda: agent.asked == ["s", "s"], "it is adopted")
+    await eventually(lambda: "s" in world.ledger.requests and "s" not in world.ledger.held, "its task is back on its node")
     assert await world.where("s", "t") == ["placed", "held"]
     agent.close("s")
     await eventually(lambda: "t" in agent.live, "its lease ends when the agent says so")
+    await eventually(lambda: "s" not in world.ledger.requests, "so does its task")
+
+
+async def test_a_slot_that_nobody_submits_again_ends_when_the_agent_says_so(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    await world.client.cancel([Future("slot-s", world.client)], force=True)
+    await world.submit("t")
+    await world.held("t")
+    agent.close("s")
+    await eventually(lambda: "t" in agent.live, "told with a heartbeat")
 
 
 async def test_a_slot_outlives_its_dask_worker_and_is_placed_on_its_own_node_again(world):
@@ -232,11 +244,15 @@ async def test_a_request_that_cannot_be_read_never_runs(world, wanted):
     with dask.annotate(gpu=wanted):
         future = world.client.submit(plus, 1, key="slot-x")
     if world.hook_errors_expected:
-        await eventually(lambda: world.scheduler.tasks["slot-x"].state == "no-worker", "it is held for ever")
+        await eventually(lambda: "slot-x" in world.scheduler.tasks, "it is known")
+        await world.submit("well")
+        await eventually(lambda: "well" in agent.live, "another one is placed")
+        assert world.scheduler.tasks["slot-x"].state == "no-worker"
+        assert (agent.asked, set(world.ledger.index.grants)) == (["well"], {"well"})
     else:
         with pytest.raises(GpuAnnotationRefused):
             await future
-    assert (agent.asked, world.ledger.index.grants) == ([], {})
+        assert (agent.asked, world.ledger.index.grants) == ([], {})
 
 
 async def test_without_the_plugin_a_worker_refuses_gpu_work(tmp_path):
@@ -273,11 +289,13 @@ async def test_a_slot_that_was_placed_and_not_opened_is_taken_back(world):
     agent.frozen.clear()
     await world.submit("s")
     await eventually(lambda: "s" in world.ledger.index.grants, "it is placed")
-    await world.dask.dropped(["s"])
+    await world.drop("s")
     assert await world.where("s") == [""]
-    other = await world.agent("b", 24)
     await world.submit("t")
-    await eventually(lambda: "t" in other.live or "t" in world.ledger.index.grants, "its memory is free again")
+    await eventually(lambda: "t" in world.ledger.index.grants, "its memory is free again")
+    agent.frozen.set()
+    await eventually(lambda: "t" in agent.live, "the agent refuses the one and opens the other")
+    assert "s" not in agent.live
 
 
 async def test_a_lost_node_gets_nothing_until_another_incarnation_registers(world):

@@ -59,8 +59,7 @@ def test_cancel_ends_a_running_task_within_five_seconds(cluster: Cluster, functi
 
 def test_a_queued_task_is_cancelled_at_once_and_never_starts(cluster: Cluster) -> None:
     blockers = [
-        cluster.client.submit("hold", {"path": str(cluster.witness_path), "seconds": 3}, memory="180GiB")
-        for _ in range(4)
+        cluster.client.submit("hold", {"path": str(cluster.witness_path), "seconds": 3}, memory="180GiB") for _ in range(4)
     ]
     for blocker in blockers:
         cluster.wait_started(blocker)

@@ -29,9 +29,7 @@ def own(tmp_path: Path) -> Iterator[Cluster]:
 
 def _up(cluster: Cluster, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "manager.cli.main", "up", "--simulate", "1x1:mi300x"]
-    return subprocess.run(
-        command, env=cluster.environ | environ, capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run(command, env=cluster.environ | environ, capture_output=True, text=True, timeout=60, check=False)
 
 
 def _listening(pids: set[int]) -> set[int]:
