@@ -15,10 +15,10 @@ import msgspec
 
 from manager.core.errors import RocyardError, StoreUnavailable
 from manager.core.ids import new_id
+from manager.core.index import index_of
 from manager.core.leadership import BeatWatch
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState
-from manager.core.placement import index_of
 from manager.core.planner import Limits, Plan, plan
 from manager.core.reconcile import repairs
 from manager.core.shapes import Shape
@@ -57,6 +57,7 @@ class Controller:
         self._vtimes: dict[str, float] = {}
         self._looked_s: float | None = None
         self._swept_s = 0.0
+        self._kept = False
         self._wake = asyncio.Event()
         self._stopping = False
 
@@ -205,6 +206,9 @@ class Controller:
                 await self._open(item.shape_id, shapes[item.shape_id], item.served_max)
         for close in answer.close:
             log.info("slot_closing", slot=close.slot_id, reason=close.reason)
+        if answer.keep or self._kept:
+            self._kept = bool(answer.keep)
+            await self.dask.keep(dict(answer.keep))  # before the victims go: nobody else may take their room
         if answer.close:
             await self.store.flag(self.leadership.token, SlotFlag.CLOSE, [close.slot_id for close in answer.close])
         await self._drop(list(answer.drop), "NotNeeded")

@@ -6,13 +6,14 @@ running is thrown away and a new one is made. Whatever was submitted to the old 
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
 import msgspec
 from dask.base import annotate
 from distributed import Client, fire_and_forget
 
+from manager.core.index import Grant
 from manager.core.shapes import Shape, encode_shape
 from manager.log import get_logger
 
@@ -98,6 +99,11 @@ class DaskSide:
     async def lost(self, node: str, incarnation: str) -> None:
         """Nothing more is placed on this incarnation; its leases end."""
         await self._call("rocyard_lost", node=node, incarnation=incarnation)
+
+    async def keep(self, room: Mapping[str, Grant]) -> None:
+        """Room that victims give back is kept for these held slots, and for none that is not among them."""
+        slots = {slot_id: [grant.node, list(grant.devices), grant.memory_bytes] for slot_id, grant in room.items()}
+        await self._call("rocyard_keep", slots=slots)
 
     async def dropped(self, slots: list[str]) -> None:
         """These slots were taken back before anybody had opened them."""

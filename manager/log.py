@@ -113,9 +113,7 @@ def get_logger(name: str) -> FilteringBoundLogger:
 
 def hide_secrets(_logger: Any, _method: str, event: EventDict) -> EventDict:
     """`event` as plain data, without what looks like a secret."""
-    return {
-        str(key): value if key == "exc_info" or _is_meta(key) else _hide(key, value) for key, value in event.items()
-    }
+    return {str(key): value if key == "exc_info" or _is_meta(key) else _hide(key, value) for key, value in event.items()}
 
 
 def render_json(_logger: Any, _method: str, event: EventDict) -> str:

@@ -96,9 +96,7 @@ class Screen:
         self.console.print(roles)
         self.console.print()
         if started.admin_key:
-            body = Text.assemble(
-                (started.admin_key, "bold"), "\nshown once; this machine's CLI reads it from client.json"
-            )
+            body = Text.assemble((started.admin_key, "bold"), "\nshown once; this machine's CLI reads it from client.json")
             self.console.print(Panel.fit(body, title="admin key", title_align="left", border_style="yellow"))
             self.console.print()
         self.console.print("try next", style="bold")
@@ -107,8 +105,8 @@ class Screen:
             self.console.print(f"export ROCYARD_API_KEY={started.admin_key}")
         self.console.print(
             f"curl -s {api}/v1/tasks -H 'Content-Type: application/json' \\\n"
-            "  -H \"Authorization: Bearer $ROCYARD_API_KEY\" \\\n"
-            "  -d '{\"function\": \"echo\", \"args\": {\"x\": 1}}'"
+            '  -H "Authorization: Bearer $ROCYARD_API_KEY" \\\n'
+            '  -d \'{"function": "echo", "args": {"x": 1}}\''
         )
         self.console.print()
         self.console.print(f"state and logs: {started.directory} · Ctrl-C stops everything", style="dim")

@@ -78,6 +78,7 @@ class NodeSettings(_Section, frozen=True):
     simulate: str = "2x2:mi300x"
     simulated_node: Annotated[int, msgspec.Meta(ge=0)] = 0
     reserve_bytes: Bytes = 512 * MIB
+    slots_max: Count = 64
     beat_s: Seconds = 3.0
     lease_beats: Count = 4
     probe_s: Seconds = 2.0

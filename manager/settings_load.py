@@ -133,9 +133,7 @@ class _Builder:
             case inspect.StructType(cls=cls):
                 return self.build(cls, path, values)
             case inspect.DictType(value_type=inspect.StructType(cls=cls)):
-                return {
-                    name: self.build(cls, (*path, name), below) for name, below in self._children(path, values).items()
-                }
+                return {name: self.build(cls, (*path, name), below) for name, below in self._children(path, values).items()}
             case _:
                 return self._leaf(path, values, lambda origin: _convert(kind, info, path[-1], origin))
 
@@ -159,9 +157,7 @@ class _Builder:
                 children.setdefault(below[len(path)], {})[below] = origin
             elif origin.value not in (None, {}):
                 where = ".".join(path)
-                self.problems.append(
-                    f"{where} is a section with keys below it, not {kind_of(origin.value)} ({origin.place})"
-                )
+                self.problems.append(f"{where} is a section with keys below it, not {kind_of(origin.value)} ({origin.place})")
         return children
 
     def _unknown(self, path: SettingPath, values: Values, siblings: tuple[str, ...]) -> None:
@@ -187,9 +183,7 @@ class _Builder:
             return Secret(_read_secret(Path(rest)))
         if text and origin.source != "variable":
             name = ".".join(path)
-            self.notes.append(
-                f"{name} is written out in {origin.place}; 'env:NAME' or 'file:/path' keeps it out of there"
-            )
+            self.notes.append(f"{name} is written out in {origin.place}; 'env:NAME' or 'file:/path' keeps it out of there")
         return Secret(text)
 
 
@@ -246,9 +240,7 @@ def _contradictions(settings: Settings) -> list[str]:
     if api.args_bytes_max > api.body_bytes_max:
         problems.append("api.args_bytes_max is above api.body_bytes_max: no request could carry such arguments")
     if controller.term_s < 2 * controller.period_s:
-        problems.append(
-            "controller.term_s must be at least twice controller.period_s, or a leader loses its term at work"
-        )
+        problems.append("controller.term_s must be at least twice controller.period_s, or a leader loses its term at work")
     ports = {"api.port": api.port, "dask.port": dask.port, "dask.dashboard_port": dask.dashboard_port}
     taken: dict[int, str] = {}
     for name, port in ports.items():

@@ -94,9 +94,7 @@ class Supervisor:
         self.screen.started(
             Started(
                 settings=self.settings,
-                store=f"{Path(embedded.program).name} {embedded.version}, port {embedded.port}"
-                if embedded
-                else "given",
+                store=f"{Path(embedded.program).name} {embedded.version}, port {embedded.port}" if embedded else "given",
                 simulated=self._simulates(),
                 nodes=tuple(settings.node.name for settings in nodes),
                 processes=tuple((child.command.name, child.pid or 0) for child in self.children),
@@ -288,11 +286,15 @@ def running_pid(directory: Path) -> int | None:
     """The process id of the supervisor that runs on `directory`."""
     try:
         record = json.loads((directory / "rocyard.pid").read_text())
-        with open(f"/proc/{record['pid']}/stat", encoding="ascii") as file:
-            started = file.read().rsplit(")", 1)[1].split()[19]
+        started = _started(record["pid"])
     except (OSError, ValueError, KeyError):
         return None
     return int(record["pid"]) if started == record["started"] else None
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in the kernel's ticks: with it, a pid names a process for ever."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
 
 
 def _write_pid(directory: Path) -> Path:
@@ -304,8 +306,7 @@ def _write_pid(directory: Path) -> Path:
     pid = running_pid(directory)
     if pid is not None:
         raise StartError(f"a cluster runs on {directory} already (pid {pid}): use it, or stop it with 'rocyard down'")
-    with open("/proc/self/stat", encoding="ascii") as file:
-        started = file.read().rsplit(")", 1)[1].split()[19]
+    started = _started(os.getpid())
     path = directory / "rocyard.pid"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _write_private(path, {"pid": os.getpid(), "started": started})

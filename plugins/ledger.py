@@ -10,7 +10,8 @@ from typing import Final
 
 import msgspec
 
-from manager.core.placement import Grant, Index, find
+from manager.core.index import Grant, Index
+from manager.core.placement import find
 from manager.core.shapes import Shape
 from plugins.node.link import Beat, Report
 
@@ -87,7 +88,7 @@ class Ledger:
     def register(self, report: Report, now_s: float) -> None:
         """A node's Dask worker registers. The report is the whole truth about that node."""
         index = self.index
-        index.add_node(report.node, report.incarnation, report.devices, report.reserve_bytes)
+        index.add_node(report.node, report.incarnation, report.devices, report.reserve_bytes, report.slots_max)
         live = {slot.slot_id: slot.grant for slot in report.slots}
         for slot_id in index.slots_on(report.node):
             if slot_id not in live:

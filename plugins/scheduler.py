@@ -17,7 +17,7 @@ from dask._task_spec import Task
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import Recs, Scheduler, TaskState
 
-from manager.core.placement import Grant
+from manager.core.index import Grant
 from manager.core.shapes import Shape
 from manager.log import get_logger
 from manager.metrics import HOOK_ERRORS, PLACEMENTS, SLOTS

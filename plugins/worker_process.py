@@ -11,9 +11,9 @@ import dask.config
 import msgspec
 from distributed.worker import Worker
 
+from manager.lifeline import die_with_parent
 from manager.log import configure_logging
 from manager.store.store import connect
-from manager.lifeline import die_with_parent
 from plugins.node.link import AgentLink
 from plugins.node.worker_config import WorkerConfig
 from plugins.worker import RocyardWorkerPlugin, attach

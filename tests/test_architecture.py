@@ -335,11 +335,7 @@ PLANTED = {
 
 @pytest.mark.parametrize(
     ("path", "source", "what"),
-    [
-        pytest.param(path, *planted, id=f"{path}: {planted[0]!r}")
-        for path, cases in PLANTED.items()
-        for planted in cases
-    ],
+    [pytest.param(path, *planted, id=f"{path}: {planted[0]!r}") for path, cases in PLANTED.items() for planted in cases],
 )
 def test_a_planted_violation_is_caught(tmp_path: Path, path, source, what):
     plant(tmp_path, "manager/api/__init__.py", "")

@@ -112,9 +112,9 @@ class Ends:
         found = self._remembered.get(task_id)
         return found if found is not None and found.tenant == tenant else None
 
-    def would_have_heard(self, known: Remembered) -> bool:
-        """Whether the task's end cannot have been missed: it was submitted while the reader was connected, and still is."""
-        return self._live and known.since == self._connection
+    def goes_on(self, known: Remembered) -> bool:
+        """Whether the task has not ended: it was submitted while the reader was connected, as it still is, and no end came."""
+        return self._live and known.since == self._connection and known.spec is not None
 
     def _remember(self, known: Remembered) -> None:
         remembered = self._remembered

@@ -146,7 +146,7 @@ class TaskRoutes:
         if patience_s > 0:
             waiter = ends.register(task_id)
             try:
-                if known is None or not ends.would_have_heard(known):
+                if known is None or not ends.goes_on(known):
                     record = await self._record(task_id, tenant)
                     if record.status in FINAL:
                         return self._shown(record)

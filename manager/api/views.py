@@ -6,9 +6,9 @@ import msgspec
 
 from manager.api.watch import Snapshot
 from manager.core.devices import Device
+from manager.core.index import Pool
 from manager.core.lifecycle import SlotStatus, TaskStatus
 from manager.core.model import DeviceUse, NodeRow, QueueRow, SlotRow
-from manager.core.placement import Pool
 from manager.core.quantities import format_duration
 from manager.core.requests import (
     DeviceView,

@@ -10,9 +10,10 @@ from typing import Final, assert_never
 
 import msgspec
 
+from manager.core.index import Index, NodeView
 from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
 from manager.core.model import ClusterState, SlotRow, TaskRecord
-from manager.core.placement import Index, NodeView, Placed, Reason, place, verdict
+from manager.core.placement import Placed, Reason, place, verdict
 from manager.core.quantities import format_duration, format_memory
 from manager.core.shapes import Shape, memory_class
 
@@ -33,6 +34,7 @@ class Why(enum.StrEnum):
     WAITING_FOR_SLOT = "WaitingForSlot"  # there is room; the controller has not asked for one yet
     INSUFFICIENT_MEMORY = "InsufficientMemory"
     FOREIGN_MEMORY = "ForeignMemory"
+    TOO_MANY_SLOTS = "TooManySlots"
     EXCEEDS_LARGEST_DEVICE = "ExceedsLargestDevice"
     TOO_FEW_DEVICES = "TooFewDevices"
     UNHEALTHY_DEVICE = "UnhealthyDevice"
@@ -45,6 +47,7 @@ class Why(enum.StrEnum):
 _BY_HOPE: Final[dict[Reason, Why]] = {
     Reason.INSUFFICIENT_MEMORY: Why.INSUFFICIENT_MEMORY,
     Reason.FOREIGN_MEMORY: Why.FOREIGN_MEMORY,
+    Reason.TOO_MANY_SLOTS: Why.TOO_MANY_SLOTS,
     Reason.NO_WORKER: Why.NODE_UNREACHABLE,
     Reason.NODE_LOST: Why.NODE_UNREACHABLE,
     Reason.CORDONED: Why.CORDONED,
@@ -179,7 +182,7 @@ def _ranked(shape: Shape, view: NodeView, silent: frozenset[str]) -> tuple[tuple
         return (0, 0, 0, view.name), WorkerVerdict(view.name, "Fits", 0, "it fits there now")
     said = verdict(shape, view)
     found = WorkerVerdict(view.name, said.reason.value, said.short_bytes, _detail(said.reason, said.short_bytes, shape, view))
-    temporary = said.reason in {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY}
+    temporary = said.reason in {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY, Reason.TOO_MANY_SLOTS}
     return (1 if temporary else 2, _HOPE[said.reason] if not temporary else 0, said.short_bytes, view.name), found
 
 
@@ -191,6 +194,8 @@ def _detail(reason: Reason, short_bytes: int, shape: Shape, view: NodeView) -> s
             return f"{short} short: the rest is leased to other slots"
         case Reason.FOREIGN_MEMORY:
             return f"{short} short: processes that are none of ours use it"
+        case Reason.TOO_MANY_SLOTS:
+            return f"it has {len(view.slots)} slots, all that it may have (node.slots_max)"
         case Reason.EXCEEDS_LARGEST_DEVICE:
             return f"{short} more than it could ever hold; its largest device holds {format_memory(usable)}"
         case Reason.TOO_FEW_DEVICES:
@@ -288,8 +293,7 @@ def _unplaced(shape: Shape, verdicts: tuple[WorkerVerdict, ...], need: str, befo
     temporary = [v for v in verdicts if v.verdict in {"InsufficientMemory", "ForeignMemory"}]
     if temporary:
         nearest = temporary[0]
-        why = Why.FOREIGN_MEMORY if nearest.verdict == "ForeignMemory" else Why.INSUFFICIENT_MEMORY
-        return why, f"No node has room for {need} now; {nearest.node} is nearest: {nearest.detail}.{before}"
+        return Why(nearest.verdict), f"No node has room for {need} now; {nearest.node} is nearest: {nearest.detail}.{before}"
     said = {v.verdict for v in verdicts}
     if "NodeUnreachable" in said:
         why = Why.NODE_UNREACHABLE

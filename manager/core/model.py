@@ -184,6 +184,7 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     devices: tuple[Device, ...] = ()
     reserve_bytes: int = 0
+    slots_max: int = 64
     metrics_url: str = ""
 
 

@@ -12,15 +12,16 @@ from typing import Final
 
 import msgspec
 
+from manager.core.index import Grant, Index
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, QueueRow, SlotRow
-from manager.core.placement import Grant, Index, find, victims
+from manager.core.placement import find, victims
 from manager.core.shapes import Shape
 
 UNKNOWN_RUN_S: Final = 1.0
 """A shape whose run time is not known is taken to need this, so that long tasks start side by side at once."""
 UNKNOWN_OPEN_MAX: Final = 4
-"""But so many new slots per round at most: a burst of tiny tasks must not start a process for each."""
+"""But so many slots at first: a burst of tiny tasks must not start a process for each."""
 BUSY_COST: Final = 1e6
 """Ending a busy slot at its task boundary costs more than ending any number of idle ones on a device."""
 RESIDENT_COST: Final = 1e12
@@ -114,16 +115,19 @@ class _TooLarge:
 def slots_wanted(queue: QueueRow, slots: Sequence[SlotRow], now_ms: int, limits: Limits) -> int:
     """How many slots drain the queue within the target, from what was learned of its run time.
 
-    A head that has waited for longer than the target shows that what was learned is wrong: then twice as many.
+    Where that is not known, or the head has waited for longer than the target although all slots have been at work for as
+    long, they are doubled in each such time: a start of many processes costs more than it gives where tasks are short.
     """
     if queue.depth == 0:
         return 0
     busy = sum(1 for slot in slots if slot.running)
     run_s = UNKNOWN_RUN_S if queue.run_s is None else queue.run_s
     needed = math.ceil((queue.depth + busy) * run_s / limits.drain_target_s)
+    target_ms = limits.drain_target_s * 1000
+    settled = all(slot.opened_ms is not None and now_ms - slot.opened_ms > target_ms for slot in slots)
     if queue.run_s is None:
-        needed = min(needed, len(slots) + UNKNOWN_OPEN_MAX)
-    if queue.head_queued_ms is not None and now_ms - queue.head_queued_ms > limits.drain_target_s * 1000:
+        needed = min(needed, max(UNKNOWN_OPEN_MAX, 2 * len(slots) if settled else len(slots)))
+    elif settled and queue.head_queued_ms is not None and now_ms - queue.head_queued_ms > target_ms:
         needed = max(needed, 2 * len(slots))
     if limit := queue.shape.max_tasks_per_slot:
         # Each slot ends by itself: what those that are open will not serve needs new ones.

@@ -51,7 +51,7 @@ def parse_memory(text: str | int) -> int:
         ValueError: says what was wrong and what would be right.
     """
     if isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '24GiB'")
+        raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '24GiB'")  # noqa: TRY004
     if isinstance(text, int):
         size = text
     else:
@@ -84,7 +84,7 @@ def parse_duration(text: str | float) -> float:
         ValueError: says what was wrong and what would be right.
     """
     if isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a duration: write seconds or a text such as '90s', '5m', '1h'")
+        raise ValueError(f"{text!r} is not a duration: write seconds or a text such as '90s', '5m', '1h'")  # noqa: TRY004
     if isinstance(text, int | float):
         seconds = float(text)
     else:

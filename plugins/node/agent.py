@@ -21,8 +21,8 @@ import msgspec
 from manager.core.devices import Device, Probe
 from manager.core.errors import RocyardError, StoreUnavailable
 from manager.core.ids import new_id
+from manager.core.index import Grant
 from manager.core.model import DeviceUse, NodeInfo
-from manager.core.placement import Grant
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS, SLOTS
 from manager.settings import Settings
@@ -46,8 +46,8 @@ from plugins.node.link import (
 )
 from plugins.node.publishing import Functions
 from plugins.node.runner import SlotRunner
-from plugins.node.slot_executor import Ending, SlotContext
 from plugins.node.slot_environment import SlotEnvironment
+from plugins.node.slot_executor import Ending, SlotContext
 from plugins.node.worker_config import WorkerConfig, worker_config
 from plugins.node.worker_supervisor import WorkerSupervisor, worker_environment
 
@@ -109,7 +109,6 @@ class Agent:
         self.metrics_url = metrics_url
         self.directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.directory / "slots", ignore_errors=True)
-        Path(self.socket_path).unlink(missing_ok=True)  # of an agent that was killed
         self._pulse()
         # The Dask worker needs seconds to start: it does so while we look at the devices and register.
         server = await serve_link(self.socket_path, self._answer)
@@ -179,14 +178,13 @@ class Agent:
             version=self.functions.version,
             devices=self.devices,
             reserve_bytes=self.settings.node.reserve_bytes,
+            slots_max=self.settings.node.slots_max,
             metrics_url=self.metrics_url,
         )
         while True:
             try:
                 if await self.store.register(self.node, self.incarnation, info):
-                    log.info(
-                        "agent_registered", node=self.node, incarnation=self.incarnation, devices=len(self.devices)
-                    )
+                    log.info("agent_registered", node=self.node, incarnation=self.incarnation, devices=len(self.devices))
                     return
                 self.incarnation = new_id()
             except StoreUnavailable as error:
@@ -298,6 +296,7 @@ class Agent:
             generation=self.worker.generation,
             devices=self.devices,
             reserve_bytes=self.settings.node.reserve_bytes,
+            slots_max=self.settings.node.slots_max,
             slots=tuple(LiveSlot(slot_id, runner.grant) for slot_id, runner in self.runners.items()),
         )
 
@@ -347,6 +346,8 @@ class Agent:
 
     def _over(self, grant: Grant) -> str | None:
         """The agent's own check: what it has leased on these devices, and this, must fit."""
+        if len(self.runners) >= self.settings.node.slots_max:
+            return f"this node has {len(self.runners)} slots, which is all that it may have (node.slots_max)"
         totals = {device.uuid: device.memory_bytes for device in self.devices}
         for uuid in grant.devices:
             leased = sum(r.grant.memory_bytes for r in self.runners.values() if uuid in r.grant.devices)

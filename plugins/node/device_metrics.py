@@ -19,9 +19,7 @@ class DeviceMetrics:
     def __init__(self, node: str) -> None:
         self.node = node
 
-    def show(
-        self, devices: Sequence[Device], uses: Sequence[DeviceUse], leases: Mapping[str, Mapping[str, int]]
-    ) -> None:
+    def show(self, devices: Sequence[Device], uses: Sequence[DeviceUse], leases: Mapping[str, Mapping[str, int]]) -> None:
         """Set every gauge to the present."""
         by_uuid = {use.uuid: use for use in uses}
         for device in devices:

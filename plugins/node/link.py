@@ -12,8 +12,8 @@ from typing import Any, Final
 import msgspec
 
 from manager.core.devices import Device
+from manager.core.index import SLOTS_MAX, Grant
 from manager.core.model import DeviceUse
-from manager.core.placement import Grant
 from manager.core.wire import FrameReader, pack
 
 READ_BYTES: Final = 65536
@@ -58,6 +58,7 @@ class Report(msgspec.Struct, frozen=True, tag="reported"):
     reserve_bytes: int
     slots: tuple[LiveSlot, ...]
     cordoned: bool = False
+    slots_max: int = SLOTS_MAX
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beaten"):

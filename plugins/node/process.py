@@ -33,8 +33,7 @@ async def serve(settings: Settings) -> None:
         StartError: no devices, or an address that cannot be bound.
     """
     node = settings.node.name or socket.gethostname()
-    directory = Path(settings.data_dir).expanduser().absolute() / "nodes" / node
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = _node_directory(settings, node)
     simulated = Simulated(settings.node.simulate, settings.node.simulated_node, directory / "devices")
     found = await detect(settings.node.devices, simulated if settings.node.simulate else None)
     for rejection in found.rejected:
@@ -60,6 +59,14 @@ async def serve(settings: Settings) -> None:
             stop_metrics()
             await listener.close()
             await store.connection.close()
+
+
+def _node_directory(settings: Settings, node: str) -> Path:
+    """The node's own directory, without the socket of an agent that was killed."""
+    directory = Path(settings.data_dir).expanduser().absolute() / "nodes" / node
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (directory / "agent.sock").unlink(missing_ok=True)
+    return directory
 
 
 @contextlib.contextmanager

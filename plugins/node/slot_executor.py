@@ -15,9 +15,9 @@ from typing import Final
 
 import msgspec
 
+from manager.core.index import Grant
 from manager.core.lifecycle import Outcome
 from manager.core.model import Claim, End, TaskError
-from manager.core.placement import Grant
 from manager.core.shapes import Shape
 from manager.core.wire import Batch, Call, Done
 from manager.log import get_logger

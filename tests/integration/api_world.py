@@ -151,7 +151,7 @@ class Agent:
         return (await self.store.next(slot, self.incarnation, n, [])).claims
 
     async def finish(self, slot: str, claim: Claim, payload: bytes | None = None, outcome: Outcome = Outcome.SUCCEEDED) -> None:
-        end = End(claim.task_id, claim.attempt, outcome, bytes(claim.spec.args) if payload is None else payload, 0.01, 0.01)
+        end = End(claim.task_id, claim.attempt, outcome, bytes(claim.spec.args) if payload is None else payload, 0.0, 0.0)
         reply = await self.store.next(slot, self.incarnation, 0, [end])
         assert None not in reply.statuses, reply
 

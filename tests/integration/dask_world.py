@@ -9,7 +9,7 @@ from typing import Any
 import dask
 from distributed import Client, Scheduler, Worker
 
-from manager.core.placement import Grant
+from manager.core.index import Grant
 from manager.core.quantities import GIB
 from manager.core.shapes import Shape
 from manager.dask_side import DaskSide

@@ -129,6 +129,27 @@ async def test_waiters_get_what_an_event_does_not_hold(world: World, outcome, pa
         assert bytes(view.result or b"") == payload
 
 
+@pytest.mark.parametrize(
+    ("payload", "outcome"),
+    [(b'{"type":"ValueError","message":"no"}', Outcome.FAILED), (b'"' + b"x" * 10_000 + b'"', Outcome.SUCCEEDED)],
+    ids=["a failure", "a large result"],
+)
+async def test_a_wait_that_comes_after_the_end_is_answered_at_once(world: World, payload, outcome):
+    """Also where the event did not say enough to answer from it."""
+    task_id = await world.submit()
+    slot = await world.agent.open(await world.agent.shape_of_first_queue())
+    (claim,) = await world.agent.claim(slot)
+    await world.agent.finish(slot, claim, payload, outcome)
+    remembered = world.server.api.ends.known(task_id, "alpha")
+    assert remembered is not None
+    await until(lambda: remembered.event is not None)
+    for _ in range(2):
+        began = asyncio.get_running_loop().time()
+        reply = await world.client().get(f"/v1/tasks/{task_id}?wait=30")
+        assert reply.json()["finished_at"] is not None
+        assert asyncio.get_running_loop().time() - began < 2
+
+
 async def test_many_waiters_of_one_task_and_of_other_processes_tasks_are_all_answered(world: World, store_server):
     """A second API process that submitted nothing hears of the ends as well."""
     async with serving(store_server.url, flush=False) as second:

@@ -1,6 +1,7 @@
 """What somebody with a Dask client can do to a running cluster, and what not."""
 
 import os
+from pathlib import Path
 
 import dask
 import pytest
@@ -26,7 +27,7 @@ def test_plain_futures_run_beside_slots_and_see_no_device(cluster: Cluster) -> N
         assert client.gather(client.map(lambda x: x + 1, range(50)), errors="raise") == list(range(1, 51))
         visible = client.submit(lambda: os.environ["ROCR_VISIBLE_DEVICES"], pure=False).result(timeout=30)
         assert visible == "-1"
-    open(gate, "w").close()
+    Path(gate).touch()
     assert cluster.wait_all([task])[0].status is TaskStatus.SUCCEEDED  # type: ignore[list-item]
 
 
@@ -48,7 +49,7 @@ def test_cancel_and_restart_of_a_client_end_no_slot(cluster: Cluster) -> None:
         client.restart(timeout=30, wait_for_workers=False)
     eventually(lambda: all(row.address for row in cluster.state().nodes), 20, "the Dask workers' return")
     assert len(cluster.started(task)) == 1  # type: ignore[arg-type]
-    open(gate, "w").close()
+    Path(gate).touch()
     (view,) = cluster.wait_all([task])  # type: ignore[list-item]
     assert view.status is TaskStatus.SUCCEEDED
     assert view.attempt == 1

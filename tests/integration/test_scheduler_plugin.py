@@ -7,7 +7,7 @@ import dask
 import pytest
 from distributed import Future
 
-from manager.core.placement import Grant
+from manager.core.index import Grant
 from manager.core.quantities import GIB
 from plugins.scheduler import GpuAnnotationRefused, PlacementPlugin, dask_setup
 from plugins.slot import GpuWorkNotPlaced

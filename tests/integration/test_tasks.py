@@ -1,7 +1,7 @@
 """What a person can ask of a task, on a real cluster: limits, cancellation, crashes, memory, logs, environment."""
 
-import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_cancel_ends_a_running_task_within_five_seconds(cluster: Cluster, functi
     (view,) = cluster.wait_all([task], 10)
     assert view.status is TaskStatus.CANCELLED
     assert time.monotonic() - began < 5
-    assert not os.path.exists(f"/proc/{pid}") or function == "hold"
+    assert not Path(f"/proc/{pid}").exists() or function == "hold"
 
 
 def test_a_queued_task_is_cancelled_at_once_and_never_starts(cluster: Cluster) -> None:

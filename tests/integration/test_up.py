@@ -74,7 +74,7 @@ def test_killing_the_supervisor_ends_its_processes_and_the_next_start_recovers(o
     own.process.send_signal(signal.SIGKILL)
     own.process.wait(5)
     own.client.close()
-    gone, alive = psutil.wait_procs(family, 10)
+    _, alive = psutil.wait_procs(family, 10)
     assert alive == []
     own.start()
     own.wait_started(task, times=2)

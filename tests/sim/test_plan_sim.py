@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 import msgspec
 import pytest
 
+from manager.core.index import Grant, index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, SlotRow
-from manager.core.placement import Grant, index_of
 from manager.core.planner import Limits, plan
 from manager.core.quantities import GIB
 from manager.core.shapes import Shape

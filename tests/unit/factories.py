@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from manager.core.devices import Device
+from manager.core.index import Grant, Index
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, DeviceUse, NodeInfo, NodeRow, QueueRow, SlotRow, priority_offset
-from manager.core.placement import Grant, Index
 from manager.core.planner import Limits
 from manager.core.quantities import GIB
 from manager.core.shapes import Shape

@@ -54,9 +54,7 @@ def test_a_sound_reading_is_taken_as_it_is_in_base_units():
     assert reading.processes_known
 
 
-@pytest.mark.parametrize(
-    "used", [-1, TOTAL + 1, 0xFFFFFFFF, 2**64 - 1, math.nan, math.inf, "N/A", None, True, object()]
-)
+@pytest.mark.parametrize("used", [-1, TOTAL + 1, 0xFFFFFFFF, 2**64 - 1, math.nan, math.inf, "N/A", None, True, object()])
 def test_memory_in_use_that_cannot_be_true_leaves_no_room_and_says_why(used):
     reading = reading_of(device(), RawReading(used))
     assert not reading.healthy

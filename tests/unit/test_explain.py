@@ -5,6 +5,7 @@ import pytest
 
 from manager.core.devices import Device
 from manager.core.explain import Why, explain
+from manager.core.index import index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
 from manager.core.model import (
     ClusterState,
@@ -17,7 +18,7 @@ from manager.core.model import (
     TaskRecord,
     TaskSpec,
 )
-from manager.core.placement import Reason, index_of
+from manager.core.placement import Reason
 from manager.core.quantities import GIB
 from manager.core.shapes import Resources, shape_id, shape_of
 

@@ -7,7 +7,8 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from manager.core.placement import Grant, Index, Placed, Reason, Unplaced, Verdict, find, index_of, place, victims
+from manager.core.index import Grant, Index, index_of
+from manager.core.placement import Placed, Reason, Unplaced, Verdict, find, place, victims
 from manager.core.quantities import GIB
 from tests.unit import factories as make
 
@@ -75,6 +76,12 @@ def lost(ledger):
     ledger.nodes["a"].lost = True
 
 
+def full_of_slots(ledger):
+    ledger.nodes["a"].slots_max = 2
+    for number in range(2):
+        ledger.lease(f"s{number}", make.grant("a", "d0", 1))
+
+
 @pytest.mark.parametrize(
     ("deed", "verdict"),
     [
@@ -86,6 +93,7 @@ def lost(ledger):
         pytest.param(cordoned, Verdict("a", Reason.CORDONED), id="cordoned"),
         pytest.param(unreachable, Verdict("a", Reason.NO_WORKER), id="its Dask worker is away"),
         pytest.param(lost, Verdict("a", Reason.NODE_LOST), id="lost"),
+        pytest.param(full_of_slots, Verdict("a", Reason.TOO_MANY_SLOTS), id="memory would do, slots are used up"),
     ],
 )
 def test_a_verdict_says_why_and_how_much_is_missing(deed, verdict):
@@ -96,6 +104,7 @@ def test_a_verdict_says_why_and_how_much_is_missing(deed, verdict):
 
 def test_every_reason_has_a_test():
     told = {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY, Reason.UNHEALTHY_DEVICE, Reason.CORDONED, Reason.NO_WORKER}
+    told.add(Reason.TOO_MANY_SLOTS)
     assert told | {Reason.NODE_LOST, Reason.EXCEEDS_LARGEST_DEVICE, Reason.TOO_FEW_DEVICES} == set(Reason)
 
 
@@ -473,3 +482,13 @@ def test_no_busy_slot_ends_where_idle_ones_would_do(layout, need):
 
 def test_a_grant_names_devices_in_order_of_free_memory():
     assert find(make.shape(8, 2), make.index({"a": [24, 16]})) == Grant("a", ("d1", "d0"), 8 * GIB)
+
+
+def test_a_node_with_all_its_slots_gives_up_the_cheapest():
+    ledger = make.index({"a": [24]})
+    full_of_slots(ledger)
+    assert victims(make.shape(1), ledger, {"s0": 2.0, "s1": 1.0}) == ("s1",)
+    assert victims(make.shape(1), ledger, {}) == ()
+    ledger.free("s1")
+    assert isinstance(place(make.shape(1), ledger), Placed)
+    assert victims(make.shape(1), ledger, {"s0": 2.0}) == ()

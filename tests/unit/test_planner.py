@@ -5,8 +5,9 @@ import time
 import msgspec
 import pytest
 
+from manager.core.index import Grant, index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
-from manager.core.placement import Grant, index_of, victims
+from manager.core.placement import victims
 from manager.core.planner import AGAIN_S, NEVER, SEARCHES_MAX, UNKNOWN_OPEN_MAX, Close, Open, plan, slots_wanted, wake_depth
 from manager.core.quantities import GIB
 from tests.unit import factories as make

@@ -22,9 +22,7 @@ def from_yaml(text: str, environ: dict[str, str] | None = None) -> Settings:
     return load_settings(None, environ or {}, {})
 
 
-def refused(
-    path: Path | None = None, environ: dict[str, str] | None = None, flags: dict[str, str] | None = None
-) -> str:
+def refused(path: Path | None = None, environ: dict[str, str] | None = None, flags: dict[str, str] | None = None) -> str:
     with pytest.raises(SettingsError) as caught:
         load_settings(path, environ or {}, flags or {})
     return str(caught.value)
@@ -36,9 +34,7 @@ def test_with_nothing_set_all_is_default():
 
 def test_the_later_place_wins(folder: Path):
     names = {"flag": 1, "environment": 2, "dotenv": 3, "yaml": 4}
-    yaml = "slots:\n" + "".join(
-        f"  {key}: 40\n" for key in ("idle_s", "residence_s", "open_deadline_s", "drain_target_s")
-    )
+    yaml = "slots:\n" + "".join(f"  {key}: 40\n" for key in ("idle_s", "residence_s", "open_deadline_s", "drain_target_s"))
     (folder / "rocyard.yaml").write_text(yaml)
     (folder / ".env").write_text(
         "# comment\nOTHER=x\nexport ROCYARD_SLOTS__RESIDENCE_S='3'\n"
@@ -243,9 +239,7 @@ class TestSecrets:
         Path("rocyard.yaml").write_text("store: {url: 'redis://:pw@h'}")
         loaded = read_settings(None, {}, {})
         assert loaded.settings.store.url.value == "redis://:pw@h"
-        assert loaded.notes == (
-            "store.url is written out in rocyard.yaml; 'env:NAME' or 'file:/path' keeps it out of there",
-        )
+        assert loaded.notes == ("store.url is written out in rocyard.yaml; 'env:NAME' or 'file:/path' keeps it out of there",)
         Path("rocyard.yaml").unlink()
         assert read_settings(None, {"ROCYARD_STORE__URL": "redis://:pw@h"}, {}).notes == ()
 

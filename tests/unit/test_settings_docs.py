@@ -84,9 +84,7 @@ def test_the_yaml_names_the_unit_of_each_number_that_has_one():
 def test_the_document_lists_every_setting_as_it_is():
     rows = {
         match[1]: tuple(cell.strip(" `") for cell in match[0].strip("|").split("|"))
-        for match in re.finditer(
-            r"^\| `([a-zA-Z_.]+)` \|.*\|$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE
-        )
+        for match in re.finditer(r"^\| `([a-zA-Z_.]+)` \|.*\|$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
     }
     expected = {doc.name: (doc.name, doc.variable, doc.default, doc.unit or "–") for doc in document_settings()}
     assert {name: row[:4] for name, row in rows.items()} == expected

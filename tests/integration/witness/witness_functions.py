@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 
 def _note(path: str, **event: object) -> None:
@@ -36,7 +37,7 @@ def hold(path: str, seconds: float, memory_bytes: int = 0) -> str:
 def until(path: str, gate: str) -> str:
     """Wait until the file `gate` exists."""
     _note(path, event="start", memory_bytes=0)
-    while not os.path.exists(gate):
+    while not Path(gate).exists():
         time.sleep(0.01)
     _note(path, event="end", memory_bytes=0)
     return os.environ["ROCYARD_TASK_ID"]
@@ -55,7 +56,7 @@ def stubborn(path: str) -> None:
     while True:
         try:
             time.sleep(3600)
-        except BaseException:  # noqa: BLE001, S112  # that is its nature
+        except BaseException:  # noqa: BLE001  # that is its nature
             continue
 
 
