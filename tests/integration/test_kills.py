@@ -70,7 +70,8 @@ def test_death_of_a_dask_worker_interrupts_no_task(cluster: Cluster) -> None:
 
 def test_death_of_an_agent_requeues_its_tasks_and_blames_nobody(cluster: Cluster) -> None:
     gate, tasks = _gated(cluster, "agent", 8)
-    victim = cluster.agent("node-0")
+    first = next(event for task in tasks for event in cluster.started(task))
+    victim = cluster.agent(_node_of(cluster, first["pid"]))
     executors = [p for p in victim.children(recursive=True) if "executor.py" in " ".join(p.cmdline())]
     assert executors
     _kill(victim)
@@ -94,8 +95,7 @@ def test_a_frozen_agent_is_fenced_and_its_executors_end(cluster: Cluster) -> Non
         "until", {"path": str(cluster.witness_path), "gate": str(cluster.directory / "gate-frozen")}, memory="150GiB"
     )
     first = cluster.wait_started(task)
-    node = next(row.node for row in cluster.state().nodes if _owns(row, first["devices"], first["pid"], cluster))
-    agent = cluster.agent(node)
+    agent = cluster.agent(_node_of(cluster, first["pid"]))
     agent.send_signal(signal.SIGSTOP)
     try:
         second = cluster.wait_started(task, times=2, timeout_s=30)
@@ -110,6 +110,9 @@ def test_a_frozen_agent_is_fenced_and_its_executors_end(cluster: Cluster) -> Non
     eventually(lambda: not any(row.fenced for row in cluster.state().nodes), 20, "the frozen node's new incarnation")
 
 
-def _owns(row: object, _devices: list[str], pid: int, cluster: Cluster) -> bool:
-    agent = cluster.agent(row.node)  # type: ignore[attr-defined]
-    return any(child.pid == pid for child in agent.children(recursive=True))
+def _node_of(cluster: Cluster, pid: int) -> str:
+    """The node that a task's process lives on."""
+    for row in cluster.state().nodes:
+        if any(child.pid == pid for child in cluster.agent(row.node).children(recursive=True)):
+            return row.node
+    raise AssertionError(f"no node has process {pid}")
