@@ -21,7 +21,7 @@ from manager.core.quantities import GIB, format_memory
 from manager.core.requests import WorkerView
 from manager.demo_screen import IMAGES, DevicePeak, Report, progress_bar, show
 
-SIZES_BYTES: Final = (16 * GIB, 32 * GIB, 48 * GIB, 96 * GIB)
+SIZES_BYTES: Final = (24 * GIB, 48 * GIB)
 """What classifying tasks ask for, in turn."""
 HELD_SHARE: Final = 0.75
 """How much of what it asked for a task takes, where devices are simulated."""

@@ -99,6 +99,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)  # from here the port is ours; who comes early waits
         listener.setblocking(False)
     except OSError as error:
         listener.close()
@@ -121,11 +122,9 @@ def build_server(settings: Settings, listener: socket.socket) -> Server:
     url = settings.store.url.value
     if not url:
         raise SettingsError("store.url is not set: 'rocyard up' starts a store and sets it for the parts that it starts")
-    # The store's functions are sent twice before a failure is told: two halves keep within the deadline.
-    deadline_s = settings.store.deadline_s / 2
 
     def connected(name: str) -> Store:
-        return connect(url, deadline_s, name, on_reconnect=metrics.STORE_RECONNECTS.inc)
+        return connect(url, settings.store.deadline_s, name, on_reconnect=metrics.STORE_RECONNECTS.inc)
 
     return Server(create_app(settings, connected), listener)
 

@@ -3,31 +3,29 @@
 import contextlib
 import gzip
 import json
+from pathlib import Path
 
 import httpx
 import msgspec
 import pytest
+import pytest_asyncio
 
 from manager.api import problems
 from manager.core.requests import Problem
 from tests.integration.api_world import World, running_store, serving, until
 
-pytestmark = pytest.mark.integration
+# One server for all of these: what is refused leaves nothing behind, and that is part of what is tested.
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
 GOOD = {"function": "echo", "args": {"x": 1}}
 
 
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        await until(lambda: world.server.api.watch.snapshot is not None and world.server.api.watch.snapshot.largest)
-        yield world
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world():
+    with running_store() as store_server:
+        async with serving(store_server.url) as world:
+            await until(lambda: world.server.api.watch.snapshot is not None and world.server.api.watch.snapshot.largest)
+            yield world
 
 
 def refused(reply: httpx.Response, status: int, code: str, *words: str) -> Problem:
@@ -39,7 +37,7 @@ def refused(reply: httpx.Response, status: int, code: str, *words: str) -> Probl
     assert problem.title == problems.title_of(code)
     for word in words:
         assert word in problem.detail, problem.detail
-    for forbidden in ("Traceback", "/work/", "site-packages", "redis://", "ry_0", 'File "'):
+    for forbidden in ("Traceback", str(Path(__file__).parents[2]), "site-packages", "redis://", "ry_0", 'File "'):
         assert forbidden not in reply.text
     return problem
 
@@ -50,8 +48,9 @@ async def post(world: World, body: bytes | dict, path: str = "/v1/tasks", **head
     return await world.client().post(path, content=content, headers=sent)
 
 
-async def accepted_nothing(world: World) -> bool:
-    return (await world.client().get("/v1/tasks")).json()["tasks"] == []
+async def newest_task(world: World) -> str:
+    tasks = (await world.client().get("/v1/tasks?limit=1")).json()["tasks"]
+    return tasks[0]["task_id"] if tasks else ""
 
 
 @pytest.mark.parametrize(
@@ -105,8 +104,9 @@ async def accepted_nothing(world: World) -> bool:
     ],
 )  # fmt: skip
 async def test_a_body_that_cannot_be_read_is_400_and_says_what_would_be_right(world: World, body, word):
+    before = await newest_task(world)
     refused(await post(world, body), 400, "BadRequest", word)
-    assert await accepted_nothing(world)
+    assert await newest_task(world) == before
 
 
 async def test_words_of_other_serialisers_are_plain_arguments(world: World):

@@ -1,11 +1,18 @@
 """The store goes away, hangs, comes back, is full: a clear answer in time, nothing lost, nothing to restart."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 
+import httpx
 import msgspec
 import pytest
 
+from manager.api import ends
+from manager.api.serve import bind
+from manager.core.errors import StartError
 from manager.settings import Settings
 from tests.integration.api_world import RunningStore, World, running_store, serving, until, until_answer
 
@@ -84,14 +91,16 @@ async def test_who_waits_hears_of_an_end_over_a_restart_of_the_store(world: Worl
     assert (await waiting).json()["status"] == "SUCCEEDED"
 
 
-async def test_an_end_whose_notice_was_lost_is_found_by_looking(world: World):
+async def test_an_end_whose_notice_was_lost_is_found_by_looking(store_server: RunningStore, monkeypatch):
     """The stream only notifies: with all of it gone, who waits still gets the answer."""
-    task_id = await world.submit()
-    waiting = asyncio.create_task(world.client().get(f"/v1/tasks/{task_id}?wait=30"))
-    await until(lambda: task_id in world.server.api.ends._waiters)
-    world.server.api.ends._ended = lambda event: None
-    await world.agent.run_all()
-    assert (await waiting).json()["status"] == "SUCCEEDED"
+    monkeypatch.setattr(ends, "REREAD_S", 0.3)
+    monkeypatch.setattr(ends.Ends, "_ended", lambda self, event: None)
+    async with serving(store_server.url) as world:
+        task_id = await world.submit()
+        waiting = asyncio.create_task(world.client().get(f"/v1/tasks/{task_id}?wait=30"))
+        await until(lambda: task_id in world.server.api.ends._waiters)
+        await world.agent.run_all()
+        assert (await waiting).json()["status"] == "SUCCEEDED"
 
 
 async def test_a_full_store_refuses_new_work_and_still_ends_what_runs(world: World):
@@ -145,6 +154,54 @@ async def test_sigterm_answers_who_waits_and_ends(store_server: RunningStore):
         reply = await waiting
         assert (reply.status_code, reply.json()["status"]) == (200, "QUEUED")
     assert time.monotonic() - began < 5
+
+
+_PROGRAM = """
+import sys
+from manager.api.serve import serve
+from manager.settings import ApiSettings, Secret, Settings, StoreSettings
+serve(Settings(store=StoreSettings(url=Secret(sys.stdin.readline().strip())), api=ApiSettings(port=int(sys.argv[1]))))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_process_ends_cleanly_and_leaves_its_port(store_server: RunningStore, number: int):
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-c", _PROGRAM, str(port)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(store_server.url.encode() + b"\n")
+        process.stdin.flush()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            eventually(lambda: is_ready(client))
+        process.send_signal(number)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+    bind("127.0.0.1", port).close()
+
+
+def test_a_taken_port_is_named():
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"127.0.0.1:{port}.*api.port"):
+            bind("127.0.0.1", port)
+
+
+def is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def eventually(check) -> None:
+    deadline = time.monotonic() + 30
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)  # the period of looking, not a guess of when
 
 
 async def test_one_reader_serves_any_number_of_waiters(world: World):
