@@ -176,7 +176,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an agent says of itself when it registers."""
+    """What an agent says of itself when it registers. `cpus` are its host's, which other nodes may share; 0: not known."""
 
     hostname: str
     pid: int
@@ -185,6 +185,7 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Device, ...] = ()
     reserve_bytes: int = 0
     slots_max: int = 64
+    cpus: int = 0
     metrics_url: str = ""
 
 

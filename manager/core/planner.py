@@ -28,6 +28,8 @@ RESIDENT_COST: Final = 1e12
 """And waiting until a slot has been there for long enough, more than ending any number of busy ones."""
 SEARCHES_MAX: Final = 16
 """Held shapes that get victims in one round; the others follow a quarter of a second later. Bounds a round's time."""
+STARTING_S: Final = 3.0
+"""An executor is taken to start for so long after its slot has opened, unless it has ended a task: imports take seconds."""
 AGAIN_S: Final = 0.25
 NEVER: Final = 2**31
 """As a depth to ask again at: more work of a shape that is held changes nothing."""
@@ -127,7 +129,12 @@ def slots_wanted(queue: QueueRow, slots: Sequence[SlotRow], now_ms: int, limits:
     settled = all(slot.opened_ms is not None and now_ms - slot.opened_ms > target_ms for slot in slots)
     if queue.run_s is None:
         needed = min(needed, max(UNKNOWN_OPEN_MAX, 2 * len(slots) if settled else len(slots)))
-    elif settled and queue.head_queued_ms is not None and now_ms - queue.head_queued_ms > target_ms:
+    elif (
+        settled
+        and all(slot.served for slot in slots)  # else some are loading what they need, and will help when they have
+        and queue.head_queued_ms is not None
+        and now_ms - queue.head_queued_ms > target_ms
+    ):
         needed = max(needed, 2 * len(slots))
     if limit := queue.shape.max_tasks_per_slot:
         # Each slot ends by itself: what those that are open will not serve needs new ones.
@@ -166,9 +173,16 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
     drops: list[str] = []
     wake_at: list[tuple[str, int]] = []
     too_large = _TooLarge()
+    starts = _starts(state, held)
+    put_off = False
     for need in needs:
         queue = need.queue
         missing = need.wanted - need.serving - need.asked
+        if missing > 0 and starts is not None:
+            # Hosts that start more processes than they have CPUs finish none of them sooner. A first one always may.
+            allowed = max(starts, 0 if need.serving or need.asked else 1)
+            put_off = put_off or missing > allowed
+            missing = min(missing, allowed)
         count = 0
         if missing > 0 and not need.held:
             if queue.shape not in too_large:
@@ -180,11 +194,13 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
         elif missing < 0:
             surplus = need.held[missing:]
             drops += surplus if need.wanted else [*surplus, *_requested(state, queue.shape_id, held)]
+        if starts is not None:
+            starts -= count
         if count:
             opens.append(Open(queue.shape_id, count, queue.shape.max_tasks_per_slot))
         alive = need.serving + need.asked + count
         wake_at.append((queue.shape_id, NEVER if need.waits else wake_depth(queue, alive, limits)))
-    unsettled = any(need.waits or need.requested for need in needs)
+    unsettled = put_off or any(need.waits or need.requested for need in needs)
     return Plan(
         open=tuple(opens),
         close=tuple(closes),
@@ -194,6 +210,22 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
         held=len(held) + len(opens),
         keep=tuple(keep),
     )
+
+
+def _starts(state: ClusterState, held: frozenset[str]) -> int | None:
+    """How many executors may be started now: one per CPU of all hosts, less those that are starting. None: no limit known."""
+    cpus: dict[str, int] = {}
+    for row in state.nodes:
+        if not row.left and not row.fenced:
+            cpus[row.info.hostname] = max(cpus.get(row.info.hostname, 0), row.info.cpus)
+    if not cpus or not all(cpus.values()):
+        return None
+    young_ms = state.now_ms - STARTING_S * 1000
+    starting = sum(
+        slot.slot_id not in held and slot.served == 0 and (slot.opened_ms is None or slot.opened_ms > young_ms)
+        for slot in state.slots
+    )
+    return max(0, max(UNKNOWN_OPEN_MAX, sum(cpus.values())) - starting)
 
 
 def _needs(state: ClusterState, held: frozenset[str], vtimes: Mapping[str, float], limits: Limits) -> list[_Need]:

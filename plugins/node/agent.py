@@ -179,6 +179,7 @@ class Agent:
             devices=self.devices,
             reserve_bytes=self.settings.node.reserve_bytes,
             slots_max=self.settings.node.slots_max,
+            cpus=len(os.sched_getaffinity(0)),
             metrics_url=self.metrics_url,
         )
         while True:

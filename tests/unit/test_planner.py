@@ -32,7 +32,7 @@ def busy(count, shape_id="x", **more):
         pytest.param(0, 3, 1.0, 0, 0, 0, id="nothing queued: none, whatever runs"),
         pytest.param(1, 0, None, 0, 0, 1, id="one task: one slot"),
         pytest.param(100, 0, None, 0, 0, UNKNOWN_OPEN_MAX, id="unknown run time: a few at first"),
-        pytest.param(100, 4, None, 0, 0, 4 + UNKNOWN_OPEN_MAX, id="unknown run time: a few more in each round"),
+        pytest.param(100, 4, None, 0, 0, 8, id="unknown run time: twice as many when these have been at work for a while"),
         pytest.param(3, 0, None, 0, 0, 3, id="unknown run time: never more than tasks"),
         pytest.param(100, 0, 0.01, 0, 0, 1, id="short tasks: one slot drains them in time"),
         pytest.param(101, 0, 0.01, 0, 0, 2, id="one more than it can"),
@@ -48,7 +48,38 @@ def busy(count, shape_id="x", **more):
 def test_slots_wanted(depth, slots, run_s, waited_s, served_max, expected):
     of = make.shape(1, max_tasks_per_slot=served_max)
     queue = make.queue("x", of, depth, run_s=run_s, waited_s=waited_s)
-    assert slots_wanted(queue, busy(slots), make.NOW_MS, make.LIMITS) == expected
+    assert slots_wanted(queue, busy(slots, served=1 if waited_s else 0), make.NOW_MS, make.LIMITS) == expected
+
+
+def test_slots_that_load_what_they_need_are_waited_for():
+    queue = make.queue("x", make.shape(1), 10, run_s=0.001, waited_s=5)
+    loading = [*busy(2, served=3), make.opened("x9", "x", "a", "d0", served=0)]
+    assert slots_wanted(queue, loading, make.NOW_MS, make.LIMITS) == 1
+
+
+@pytest.mark.parametrize(
+    ("cpus", "starting", "expected"),
+    [
+        pytest.param((0, 0), 0, 20, id="not known: no limit"),
+        pytest.param((8, 8), 0, 16, id="one per CPU of all hosts"),
+        pytest.param((8, 8), 6, 10, id="less those that are starting"),
+        pytest.param((1, 1), 0, UNKNOWN_OPEN_MAX, id="a few always"),
+        pytest.param((2, 2), 9, 1, id="the first slot of a shape always"),
+    ],
+)
+def test_hosts_start_no_more_executors_than_they_have_cpus(cpus, starting, expected):
+    look = make.state(
+        [make.queue("x", make.shape(1), 20, run_s=10.0), make.queue("y", make.shape(1), 0)],
+        [make.opened(f"y{i}", "y", "a", "d0", age_s=1.0) for i in range(starting)],
+        {"a": [192], "b": [192]},
+    )
+    rows = tuple(
+        msgspec.structs.replace(row, info=msgspec.structs.replace(row.info, cpus=count))
+        for row, count in zip(look.nodes, cpus, strict=True)
+    )
+    answer = planned(msgspec.structs.replace(look, nodes=rows))
+    assert sum(o.count for o in answer.open) == expected
+    assert answer.again_s is not None
 
 
 @pytest.mark.parametrize(
