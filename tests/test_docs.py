@@ -1,0 +1,46 @@
+"""Documentation that names things is held to the things: links, tests, and what the README says of this tree."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert missing == []
+
+
+def test_every_test_that_the_traps_name_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "traps.md").read_text()))
+    there = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert named - there == set()
+    assert len(named) > 40
+
+
+def test_the_readme_names_commands_that_exist() -> None:
+    from manager.cli.main import COMMANDS
+
+    text = (ROOT / "README.md").read_text()
+    used = set(re.findall(r"\.venv/bin/rocyard (\w+)", text))
+    assert used
+    assert used <= set(COMMANDS)
+    targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make (\w+)", text)) <= targets | {"make"}
+
+
+def test_every_page_is_reached_from_the_readme_or_the_architecture() -> None:
+    reached = (ROOT / "README.md").read_text() + (ROOT / "docs" / "architecture.md").read_text()
+    lost = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in reached]
+    assert set(lost) <= {"architecture.md"}
+
+
+def test_decisions_are_numbered_without_gaps() -> None:
+    numbers = sorted(int(page.name[:4]) for page in (ROOT / "docs" / "decisions").glob("*.md"))
+    assert numbers == list(range(1, len(numbers) + 1))
