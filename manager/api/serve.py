@@ -12,7 +12,6 @@ import msgspec
 import uvicorn
 import uvloop
 
-from manager import metrics
 from manager.api.app import Api, create_app
 from manager.api.cluster import VERSION
 from manager.api.protocol import LimitedProtocol
@@ -124,7 +123,7 @@ def build_server(settings: Settings, listener: socket.socket) -> Server:
         raise SettingsError("store.url is not set: 'rocyard up' starts a store and sets it for the parts that it starts")
 
     def connected(name: str) -> Store:
-        return connect(url, settings.store.deadline_s, name, on_reconnect=metrics.STORE_RECONNECTS.inc)
+        return connect(url, settings.store.deadline_s, name)
 
     return Server(create_app(settings, connected), listener)
 

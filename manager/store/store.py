@@ -32,6 +32,7 @@ from manager.core.model import (
     priority_offset,
 )
 from manager.core.shapes import encode_shape
+from manager.metrics import STORE_ERRORS, STORE_RECONNECTS
 from manager.store import rows
 from manager.store.connection import StoreConnection, StoreReplyError
 
@@ -81,12 +82,16 @@ class Store:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         try:
-            return await self.connection.call(*args)
-        except StoreUnavailable:
-            left_s = self.connection.deadline_s - (loop.time() - began_s)
-            if left_s <= 0:
-                raise
-        return await self.connection.call(*args, deadline_s=left_s)
+            try:
+                return await self.connection.call(*args)
+            except StoreUnavailable:
+                left_s = self.connection.deadline_s - (loop.time() - began_s)
+                if left_s <= 0:
+                    raise
+            return await self.connection.call(*args, deadline_s=left_s)
+        except (StoreUnavailable, StoreFull) as error:
+            STORE_ERRORS.labels(kind=error.code).inc()
+            raise
 
     # --- deployment ---------------------------------------------------------------------------------------------
 
@@ -363,5 +368,11 @@ class Store:
 def connect(
     url: str, deadline_s: float, name: str, keys: Keys | None = None, on_reconnect: Callable[[], None] | None = None
 ) -> Store:
-    """A store over a connection of its own, made at the first call."""
-    return Store(StoreConnection(url, deadline_s, name, on_reconnect), keys)
+    """A store over a connection of its own, made at the first call; connections after the first are counted."""
+
+    def reconnected() -> None:
+        STORE_RECONNECTS.inc()
+        if on_reconnect is not None:
+            on_reconnect()
+
+    return Store(StoreConnection(url, deadline_s, name, reconnected), keys)
