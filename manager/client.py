@@ -16,6 +16,7 @@ import msgspec
 from manager.client_address import ClusterAddress
 from manager.client_errors import TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_wire import Wire, segment
+from manager.core import answers
 from manager.core import requests as rest
 from manager.core.errors import RocyardError
 from manager.core.explain import Explanation
@@ -42,11 +43,11 @@ class Task:
     def __repr__(self) -> str:
         return f"Task({self.task_id!r})"
 
-    def view(self) -> rest.TaskView:
+    def view(self) -> answers.TaskView:
         """The task as it stands now."""
         return self._client.get(self.task_id)
 
-    def wait(self, timeout_s: float | None = None) -> rest.TaskView:
+    def wait(self, timeout_s: float | None = None) -> answers.TaskView:
         """The task once it has ended; see `Client.wait`."""
         return self._client.wait(self.task_id, timeout_s)
 
@@ -54,11 +55,11 @@ class Task:
         """What the function returned; see `Client.result`."""
         return self._client.result(self.task_id, timeout_s)
 
-    def cancel(self) -> rest.Cancelled:
+    def cancel(self) -> answers.Cancelled:
         """Ask for its end."""
         return self._client.cancel(self.task_id)
 
-    def logs(self) -> rest.TaskLog:
+    def logs(self) -> answers.TaskLog:
         """What it has written."""
         return self._client.logs(self.task_id)
 
@@ -156,7 +157,7 @@ class Client:
             max_attempts=max_attempts,
             time_limit=time_limit,
         )
-        return Task(self, self._wire.post("/v1/tasks", msgspec.json.encode(request), rest.Accepted).task_id)
+        return Task(self, self._wire.post("/v1/tasks", msgspec.json.encode(request), answers.Accepted).task_id)
 
     def submit_many(self, requests: Iterable[rest.TaskRequest]) -> list[Task]:
         """Submit tasks in as few batches as their number and size allow. Each batch is accepted whole or not at all.
@@ -167,14 +168,14 @@ class Client:
         tasks: list[Task] = []
         for body in _batches(requests):
             try:
-                accepted = self._wire.post("/v1/tasks/batch", body, rest.BatchAccepted)
+                accepted = self._wire.post("/v1/tasks/batch", body, answers.BatchAccepted)
             except RocyardError as error:
                 error.details["accepted"] = [task.task_id for task in tasks]
                 raise
             tasks += [Task(self, one.task_id) for one in accepted.tasks]
         return tasks
 
-    def get(self, task: TaskLike, *, with_args: bool = False, tenant: str | None = None) -> rest.TaskView:
+    def get(self, task: TaskLike, *, with_args: bool = False, tenant: str | None = None) -> answers.TaskView:
         """The task as it stands now, with its result where it has one.
 
         Args:
@@ -183,9 +184,9 @@ class Client:
             tenant: whose it is, where it is another one's; for admins. So for the calls below.
         """
         query = {"args": "true"} if with_args else {}
-        return self._wire.get(_path(task), rest.TaskView, query | _of(tenant))
+        return self._wire.get(_path(task), answers.TaskView, query | _of(tenant))
 
-    def wait(self, task: TaskLike, timeout_s: float | None = None, *, tenant: str | None = None) -> rest.TaskView:
+    def wait(self, task: TaskLike, timeout_s: float | None = None, *, tenant: str | None = None) -> answers.TaskView:
         """The task once it has ended, well or badly. Goes on over restarts of the API.
 
         Raises:
@@ -196,7 +197,7 @@ class Client:
             left_s = max(end_s - time.monotonic(), 0.0)
             step_s = min(WAIT_STEP_S, left_s)
             query = {"wait": f"{step_s:.3f}"} | _of(tenant)
-            view = self._wire.get(_path(task), rest.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
+            view = self._wire.get(_path(task), answers.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
             if view.status in FINAL:
                 return view
             if time.monotonic() >= end_s:
@@ -211,13 +212,13 @@ class Client:
         """
         return result_of(self.wait(task, timeout_s))
 
-    def cancel(self, task: TaskLike, *, tenant: str | None = None) -> rest.Cancelled:
+    def cancel(self, task: TaskLike, *, tenant: str | None = None) -> answers.Cancelled:
         """Ask for the task's end: at once where it waits, within seconds where it runs."""
-        return self._wire.post(f"{_path(task)}/cancel", b"", rest.Cancelled, _of(tenant))
+        return self._wire.post(f"{_path(task)}/cancel", b"", answers.Cancelled, _of(tenant))
 
-    def logs(self, task: TaskLike, *, tenant: str | None = None) -> rest.TaskLog:
+    def logs(self, task: TaskLike, *, tenant: str | None = None) -> answers.TaskLog:
         """What the newest attempt has written."""
-        return self._wire.get(f"{_path(task)}/logs", rest.TaskLog, _of(tenant))
+        return self._wire.get(f"{_path(task)}/logs", answers.TaskLog, _of(tenant))
 
     def explain(self, task: TaskLike, *, tenant: str | None = None) -> Explanation:
         """Why the task is where it is, with a verdict for each worker."""
@@ -230,7 +231,7 @@ class Client:
         function: str | None = None,
         tenant: str | None = None,
         limit: int | None = None,
-    ) -> Iterator[rest.TaskSummary]:
+    ) -> Iterator[answers.TaskSummary]:
         """Tasks, newest first, page by page as they are asked for.
 
         Args:
@@ -244,7 +245,7 @@ class Client:
         left = limit
         while left is None or left > 0:
             query["limit"] = str(rest.PAGE_MAX if left is None else min(left, rest.PAGE_MAX))
-            page = self._wire.get("/v1/tasks", rest.TaskPage, query)
+            page = self._wire.get("/v1/tasks", answers.TaskPage, query)
             yield from page.tasks
             if page.next_cursor is None:
                 return
@@ -253,33 +254,33 @@ class Client:
 
     # --- the cluster --------------------------------------------------------------------------------------------
 
-    def functions(self) -> tuple[rest.FunctionView, ...]:
+    def functions(self) -> tuple[answers.FunctionView, ...]:
         """What tasks may name."""
-        return self._wire.get("/v1/functions", rest.FunctionList).functions
+        return self._wire.get("/v1/functions", answers.FunctionList).functions
 
-    def workers(self) -> tuple[rest.WorkerView, ...]:
+    def workers(self) -> tuple[answers.WorkerView, ...]:
         """Nodes with their devices."""
-        return self._wire.get("/v1/workers", rest.WorkerList).workers
+        return self._wire.get("/v1/workers", answers.WorkerList).workers
 
-    def status(self) -> rest.ClusterView:
+    def status(self) -> answers.ClusterView:
         """The cluster at this moment."""
-        return self._wire.get("/v1/cluster/status", rest.ClusterView)
+        return self._wire.get("/v1/cluster/status", answers.ClusterView)
 
-    def create_key(self, tenant: str, scope: rest.KeyScope = rest.KeyScope.USER) -> rest.KeyCreated:
+    def create_key(self, tenant: str, scope: rest.KeyScope = rest.KeyScope.USER) -> answers.KeyCreated:
         """Make an API key; its text is in the answer and nowhere else. For admins."""
         body = msgspec.json.encode(rest.KeyRequest(tenant=tenant, scope=scope))
-        return self._wire.post("/v1/keys", body, rest.KeyCreated)
+        return self._wire.post("/v1/keys", body, answers.KeyCreated)
 
-    def keys(self) -> tuple[rest.KeyView, ...]:
+    def keys(self) -> tuple[answers.KeyView, ...]:
         """All API keys, without their secrets. For admins."""
-        return self._wire.get("/v1/keys", rest.KeyList).keys
+        return self._wire.get("/v1/keys", answers.KeyList).keys
 
-    def revoke_key(self, key_id: str) -> rest.KeyView:
+    def revoke_key(self, key_id: str) -> answers.KeyView:
         """End a key. For admins."""
-        return self._wire.delete(f"/v1/keys/{segment(key_id)}", rest.KeyView)
+        return self._wire.delete(f"/v1/keys/{segment(key_id)}", answers.KeyView)
 
 
-def result_of(view: rest.TaskView) -> Any:
+def result_of(view: answers.TaskView) -> Any:
     """The result of a task that has ended.
 
     Raises:

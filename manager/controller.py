@@ -19,7 +19,8 @@ from manager.core.index import index_of
 from manager.core.leadership import BeatWatch
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState
-from manager.core.planner import Limits, Plan, plan
+from manager.core.needs import Limits
+from manager.core.planner import Plan, plan
 from manager.core.reconcile import repairs
 from manager.core.shapes import Shape
 from manager.dask_side import DaskSide, DaskUnavailable, RunSlot, SlotOnDask

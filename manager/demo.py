@@ -16,9 +16,9 @@ import msgspec
 from rich.console import Console
 
 from manager.client import Client, Task, task_request
+from manager.core.answers import WorkerView
 from manager.core.errors import RocyardError
 from manager.core.quantities import GIB, format_memory
-from manager.core.requests import WorkerView
 from manager.demo_screen import IMAGES, DevicePeak, Report, progress_bar, show
 
 SIZES_BYTES: Final = (24 * GIB, 48 * GIB)

@@ -13,8 +13,9 @@ from typing import Final
 
 import msgspec
 
+from manager.core.answers import KeyView, utc, utc_or_none
 from manager.core.errors import BadRequest, NotFound, RocyardError
-from manager.core.requests import NAME_PATTERN, KeyScope, KeyView, utc, utc_or_none
+from manager.core.requests import NAME_PATTERN, KeyScope
 from manager.store import Store
 
 _KEY: Final = re.compile(r"ry_([0-9a-z]{8})_([A-Za-z0-9_-]{43})")

@@ -13,22 +13,21 @@ from manager.api.functions import Functions
 from manager.api.operations import Operation
 from manager.api.query import parse_query
 from manager.api.watch import ClusterWatch
-from manager.core.errors import BadRequest, NotFound, TooLarge, UnsupportedMediaType
-from manager.core.functions import PublishedFunction
-from manager.core.requests import (
+from manager.core.answers import (
     ClusterView,
     FunctionList,
     FunctionView,
     KeyCreated,
     KeyList,
-    KeyRequest,
-    KeyScope,
     KeyView,
     StoreView,
     WorkerList,
     utc,
     utc_or_none,
 )
+from manager.core.errors import BadRequest, NotFound, TooLarge, UnsupportedMediaType
+from manager.core.functions import PublishedFunction
+from manager.core.requests import KeyRequest, KeyScope
 from manager.settings import Settings
 from manager.store import Store
 

@@ -12,9 +12,9 @@ from typing import Final
 import msgspec
 
 from manager.api.exchange import Disconnected
+from manager.core.answers import view_of
 from manager.core.lifecycle import FINAL, TaskStatus
 from manager.core.model import TaskEvent, TaskRecord, TaskSpec
-from manager.core.requests import view_of
 from manager.store import Store
 
 REMEMBERED_MAX: Final = 20_000

@@ -10,8 +10,8 @@ from manager import metrics
 from manager.api.exchange import Call, Reply
 from manager.api.operations import PUBLIC, Operation
 from manager.api.watch import ClusterWatch
+from manager.core.answers import Live, Readiness, StoreView
 from manager.core.errors import StoreUnavailable
-from manager.core.requests import Live, Readiness, StoreView
 from manager.store import Store
 
 CHECK_S: Final = 1.0

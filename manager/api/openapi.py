@@ -11,8 +11,9 @@ from typing import Any, Final
 import msgspec
 
 from manager.api.operations import Operation, Public
+from manager.core.answers import Problem
 from manager.core.errors import RocyardError
-from manager.core.requests import BatchRequest, KeyRequest, Problem, TaskRequest
+from manager.core.requests import BatchRequest, KeyRequest, TaskRequest
 
 _REF: Final = "#/components/schemas/{name}"
 _PATH_PARAMETER: Final = re.compile(r"\{([a-z_]+)\}")

@@ -17,6 +17,7 @@ from manager.api.problems import NotFinished, TaskCancelled, TaskFailed
 from manager.api.query import one_of, parse_query, wait_s, whole_number, yes_or_no
 from manager.api.submissions import refuse_infeasible, submission_of
 from manager.api.watch import ClusterWatch
+from manager.core.answers import Accepted, BatchAccepted, Cancelled, TaskLog, TaskPage, TaskView, summary_of, view_of
 from manager.core.errors import (
     BadRequest,
     Forbidden,
@@ -33,20 +34,7 @@ from manager.core.explain import Explanation, explain
 from manager.core.ids import is_id, new_id
 from manager.core.lifecycle import FINAL, TaskStatus
 from manager.core.model import Submission, TaskRecord
-from manager.core.requests import (
-    PAGE_MAX,
-    Accepted,
-    BatchAccepted,
-    BatchRequest,
-    Cancelled,
-    KeyScope,
-    TaskLog,
-    TaskPage,
-    TaskRequest,
-    TaskView,
-    summary_of,
-    view_of,
-)
+from manager.core.requests import PAGE_MAX, BatchRequest, KeyScope, TaskRequest
 from manager.keys import is_tenant
 from manager.settings import Settings
 from manager.store import Store

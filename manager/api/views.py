@@ -5,20 +5,12 @@ from collections.abc import Mapping
 import msgspec
 
 from manager.api.watch import Snapshot
+from manager.core.answers import DeviceView, QueueView, ServiceView, SlotView, TaskCounts, WorkerState, WorkerView
 from manager.core.devices import Device
 from manager.core.index import Pool
 from manager.core.lifecycle import SlotStatus, TaskStatus
 from manager.core.model import DeviceUse, NodeRow, QueueRow, SlotRow
 from manager.core.quantities import format_duration
-from manager.core.requests import (
-    DeviceView,
-    QueueView,
-    ServiceView,
-    SlotView,
-    TaskCounts,
-    WorkerState,
-    WorkerView,
-)
 
 READINGS_S_MAX = 30.0
 """Readings older than this are said to be old."""

@@ -10,9 +10,9 @@ from typing import Final
 
 import msgspec
 
+from manager.core.answers import LeaderView
 from manager.core.index import Index, index_of
 from manager.core.model import ClusterState, NodeRow
-from manager.core.requests import LeaderView
 from manager.settings import ControllerSettings, NodeSettings
 from manager.store import Store
 

@@ -21,8 +21,8 @@ import manager
 from manager.client import Client
 from manager.client_address import ClusterAddress, find_cluster
 from manager.client_errors import ClusterUnreachable
+from manager.core.answers import WorkerState
 from manager.core.errors import RocyardError, SettingsError, StartError
-from manager.core.requests import WorkerState
 
 START_S: Final = 90.0
 """Over the supervisor's own deadline, so that its words come first."""

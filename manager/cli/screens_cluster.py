@@ -9,9 +9,9 @@ from rich.text import Text
 
 from manager.cli.screens_tasks import STYLES, plain_table
 from manager.cli.text import NONE, ago, bar, memory, one_line, plain, seconds
+from manager.core.answers import ClusterView, DeviceView, KeyView, QueueView, TaskCounts, WorkerState, WorkerView
 from manager.core.lifecycle import TaskStatus
 from manager.core.quantities import format_memory
-from manager.core.requests import ClusterView, DeviceView, KeyView, QueueView, TaskCounts, WorkerState, WorkerView
 
 BAR_WIDTH: Final = 16
 QUEUES_SHOWN_MAX: Final = 12

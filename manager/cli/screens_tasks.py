@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from manager.cli.text import NONE, ago, arguments_of, clock, count, memory, one_line, plain, seconds, span
+from manager.core.answers import Cancelled, FunctionView, TaskSummary, TaskView
 from manager.core.explain import Explanation
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskError
 from manager.core.quantities import format_duration
-from manager.core.requests import Cancelled, FunctionView, TaskSummary, TaskView
 
 RESULT_CHARS_MAX: Final = 4000
 """A screen or two; `--output json` has all of it."""

@@ -16,9 +16,9 @@ from typing import Any, Final, TypeVar
 import psutil
 
 from manager.client import Client, Task
+from manager.core.answers import TaskView
 from manager.core.lifecycle import FINAL
 from manager.core.model import ClusterState
-from manager.core.requests import TaskView
 from manager.store import Store
 from manager.store.store import connect
 

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from manager.api import problems
-from manager.core.requests import Problem
+from manager.core.answers import Problem
 from tests.integration.api_world import World, running_store, serving, until
 
 # One server for all of these: what is refused leaves nothing behind, and that is part of what is tested.

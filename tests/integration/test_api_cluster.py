@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 import manager.api
+from manager.core.answers import ClusterView, FunctionList, Readiness, WorkerList, WorkerState
 from manager.core.model import DeviceUse
-from manager.core.requests import ClusterView, FunctionList, Readiness, WorkerList, WorkerState
 from manager.settings import Settings
 from tests.integration.api_world import GIB, NODE, Agent, World, running_store, serving, until_answer
 

@@ -6,9 +6,9 @@ import datetime as dt
 import msgspec
 import pytest
 
+from manager.core.answers import Accepted, TaskPage, TaskView
 from manager.core.ids import is_id
 from manager.core.lifecycle import Outcome, TaskStatus
-from manager.core.requests import Accepted, TaskPage, TaskView
 from manager.settings import Settings, TenantSettings
 from tests.integration.api_world import GIB, NODE, World, running_store, serving, until, until_answer
 

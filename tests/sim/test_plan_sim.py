@@ -16,7 +16,8 @@ import pytest
 from manager.core.index import Grant, index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, SlotRow
-from manager.core.planner import Limits, plan
+from manager.core.needs import Limits
+from manager.core.planner import plan
 from manager.core.quantities import GIB
 from manager.core.shapes import Shape
 from plugins.ledger import Ledger, SlotRequest

@@ -6,7 +6,7 @@ from manager.core.devices import Device
 from manager.core.index import Grant, Index
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, DeviceUse, NodeInfo, NodeRow, QueueRow, SlotRow, priority_offset
-from manager.core.planner import Limits
+from manager.core.needs import Limits
 from manager.core.quantities import GIB
 from manager.core.shapes import Shape
 from plugins.node.link import Beat, LiveSlot, Report

@@ -5,10 +5,12 @@ import time
 import msgspec
 import pytest
 
+from manager.core.closing import SEARCHES_MAX, Close
 from manager.core.index import Grant, index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
+from manager.core.needs import UNKNOWN_OPEN_MAX, slots_wanted, wake_depth
 from manager.core.placement import victims
-from manager.core.planner import AGAIN_S, NEVER, SEARCHES_MAX, UNKNOWN_OPEN_MAX, Close, Open, plan, slots_wanted, wake_depth
+from manager.core.planner import AGAIN_S, NEVER, Open, plan
 from manager.core.quantities import GIB
 from tests.unit import factories as make
 

@@ -14,12 +14,13 @@ from manager.api.cursors import decode_cursor, encode_cursor
 from manager.api.query import parse_query, wait_s
 from manager.api.submissions import refuse_infeasible, submission_of
 from manager.api.watch import Largest
+from manager.core.answers import TaskView, summary_of, utc, view_of
 from manager.core.errors import BadRequest, Infeasible, TooLarge
 from manager.core.functions import PublishedFunction
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskRecord, TaskSpec
 from manager.core.quantities import GIB
-from manager.core.requests import KeyScope, ResourceRequest, TaskRequest, TaskView, summary_of, utc, view_of
+from manager.core.requests import KeyScope, ResourceRequest, TaskRequest
 from manager.core.shapes import Resources
 from manager.keys import make_key, parse_key, verify
 from manager.settings import Settings

@@ -1,0 +1,425 @@
+"""What the REST API gives, as values, and how a record becomes one. The API and the Python client both use these.
+
+Owns the names of JSON fields. Memory is integer bytes (``*_bytes``), times are ISO-8601 in UTC (``*_at``), durations are
+seconds (``*_s``). Answers may gain fields; who reads them must not mind. Long, since each answer is a struct of its own.
+"""
+
+import datetime as dt
+import enum
+from typing import Annotated
+
+import msgspec
+
+from manager.core.lifecycle import TaskStatus
+from manager.core.model import TaskError, TaskRecord
+from manager.core.requests import KeyScope
+
+AnyJson = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={})]
+"""Any JSON, undecoded. (As one of a union, msgspec would not take it.)"""
+Time = Annotated[dt.datetime, msgspec.Meta(tz=True)]
+TaskId = Annotated[str, msgspec.Meta(description="26 characters, 0-9 and a-z; sorts by the time it was made.")]
+
+
+def no_result() -> msgspec.Raw:
+    """JSON's null."""
+    return msgspec.Raw(b"null")
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """A task that is on disk."""
+
+    task_id: TaskId
+    status: Annotated[TaskStatus, msgspec.Meta(examples=["QUEUED"])]
+
+
+class BatchAccepted(msgspec.Struct, frozen=True):
+    """Tasks that are on disk, in the order of the request."""
+
+    tasks: tuple[Accepted, ...]
+
+
+class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A task in a list.
+
+    Attributes:
+        attempt: how often it was claimed by a slot; 0 before the first time.
+        failures: of its function; these count against `max_attempts`.
+        crashes: of its executor that it alone can have caused.
+        losses: of executor, agent or node, which it is not to blame for.
+        node: where it runs or ran last.
+    """
+
+    task_id: TaskId
+    status: TaskStatus
+    tenant: str
+    function: str
+    attempt: int = 0
+    failures: int = 0
+    crashes: int = 0
+    losses: int = 0
+    node: str | None = None
+    created_at: Time
+    queued_at: Time | None = None
+    started_at: Time | None = None
+    finished_at: Time | None = None
+    error: TaskError | None = None
+
+
+class TaskView(TaskSummary, frozen=True, kw_only=True):
+    """A task.
+
+    Attributes:
+        memory_bytes: on each device, as asked for.
+        args: only where ``?args=true`` asks for them.
+        result: what the function returned, once it has; null until then.
+    """
+
+    memory_bytes: int
+    gpus: int
+    priority: int
+    max_attempts: int
+    time_limit_s: float
+    cancel_requested: bool = False
+    args: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    result: AnyJson = msgspec.field(default_factory=no_result)
+
+
+class TaskPage(msgspec.Struct, frozen=True):
+    """Tasks, newest first. A page may be short and not the last: go on while there is a `next_cursor`."""
+
+    tasks: tuple[TaskSummary, ...]
+    next_cursor: str | None = None
+
+
+class TaskLog(msgspec.Struct, frozen=True):
+    """What the newest attempt that wrote something has written.
+
+    Attributes:
+        dropped_bytes: how much of it was not kept, see the setting ``tasks.log_bytes_max``.
+    """
+
+    task_id: TaskId
+    stdout: str
+    stderr: str
+    dropped_bytes: int = 0
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """What a cancellation did: a task that runs stays RUNNING until its executor has been ended."""
+
+    task_id: TaskId
+    status: TaskStatus
+    cancel_requested: bool
+
+
+class FunctionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that tasks may name.
+
+    Attributes:
+        schema: JSON Schema of its arguments; null where it cannot be used.
+        problem: why it cannot be used at the moment, else empty.
+    """
+
+    name: str
+    description: str
+    memory_bytes: int
+    gpus: int
+    time_limit_s: float
+    schema: AnyJson = msgspec.field(default_factory=no_result)
+    problem: str = ""
+
+
+class FunctionList(msgspec.Struct, frozen=True):
+    """All functions, by name."""
+
+    functions: tuple[FunctionView, ...]
+
+
+class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
+    """A device as the cluster sees it.
+
+    Attributes:
+        usable_bytes: what an empty device could promise: its memory without the reserve.
+        leased_bytes: promised to slots.
+        foreign_bytes: used by processes that are none of ours.
+        free_bytes: what can be promised now; negative where others took what was promised.
+        used_bytes: in use by anybody; null without a reading.
+    """
+
+    uuid: str
+    index: int
+    vendor: str
+    model: str
+    architecture: str
+    memory_bytes: int
+    usable_bytes: int
+    leased_bytes: int
+    foreign_bytes: int
+    free_bytes: int
+    used_bytes: int | None = None
+    utilisation_ratio: float | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+    healthy: bool = True
+    problem: str = ""
+
+
+class WorkerState(enum.StrEnum):
+    """How a node is doing."""
+
+    LIVE = "live"
+    NO_WORKER = "no_worker"  # its agent beats, its Dask worker does not report
+    SILENT = "silent"  # its agent has not beaten for a lease
+    LOST = "lost"  # the leader has declared it lost
+    LEFT = "left"  # its agent stopped cleanly
+
+
+class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
+    """A node with its agent, its Dask worker and its devices.
+
+    Attributes:
+        source: what its devices are: amd, nvidia or simulated.
+        readings_age_s: how old what is said of its devices is; null without readings.
+    """
+
+    node: str
+    state: WorkerState
+    hostname: str
+    source: str
+    version: str
+    slots: int
+    tasks_running: int
+    readings_age_s: float | None = None
+    devices: tuple[DeviceView, ...] = ()
+
+
+class WorkerList(msgspec.Struct, frozen=True):
+    """All nodes, by name."""
+
+    workers: tuple[WorkerView, ...]
+
+
+class TaskCounts(msgspec.Struct, frozen=True):
+    """Tasks of all tenants by status; final ones as long as they are kept."""
+
+    blocked: int = 0
+    queued: int = 0
+    running: int = 0
+    retry_wait: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class QueueView(msgspec.Struct, frozen=True, kw_only=True):
+    """Tasks of one shape that wait, and the slots that serve them.
+
+    Attributes:
+        memory_bytes: what a slot leases on each device: what was asked for, rounded up.
+        oldest_wait_s: since its first task was queued; null where none waits.
+        run_s: learned run time of its tasks; null where none has ended.
+    """
+
+    shape_id: str
+    tenant: str
+    memory_bytes: int
+    gpus: int
+    depth: int
+    slots_open: int
+    slots_opening: int
+    oldest_wait_s: float | None = None
+    run_s: float | None = None
+
+
+class SlotView(msgspec.Struct, frozen=True, kw_only=True):
+    """A slot: devices and bytes on one node, leased to one shape.
+
+    Attributes:
+        flag: what it was asked to do next: close, drain, preempt, or nothing.
+        served: tasks that have ended in it.
+    """
+
+    slot_id: str
+    shape_id: str
+    tenant: str
+    status: str
+    node: str | None
+    devices: tuple[str, ...]
+    memory_bytes: int
+    flag: str
+    running: int
+    served: int
+    open_s: float | None = None
+    idle_s: float | None = None
+
+
+class LeaderView(msgspec.Struct, frozen=True):
+    """The controller that leads. `beating` is null until it has been watched for long enough."""
+
+    holder: str
+    token: int
+    beating: bool | None
+
+
+class StoreView(msgspec.Struct, frozen=True):
+    """The store. Tasks are safe from a power cut only where `fsync` is ``always``."""
+
+    reachable: bool
+    fsync: str
+
+
+class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that said where it is."""
+
+    name: str
+    kind: str
+    host: str
+    pid: int
+    url: str = ""
+    metrics_url: str = ""
+    version: str = ""
+
+
+class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster at one moment. Queues and slots are those of the key's tenant; an admin sees all.
+
+    Attributes:
+        problems: what is wrong, each in one sentence; empty where all is well.
+    """
+
+    at: Time
+    cluster_id: str
+    version: str
+    problems: tuple[str, ...]
+    tasks: TaskCounts
+    queues: tuple[QueueView, ...]
+    slots: tuple[SlotView, ...]
+    workers: tuple[WorkerView, ...]
+    leader: LeaderView
+    store: StoreView
+    services: tuple[ServiceView, ...]
+
+
+class KeyView(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key, without its secret."""
+
+    key_id: str
+    tenant: str
+    scope: KeyScope
+    created_at: Time
+    revoked_at: Time | None = None
+
+
+class KeyCreated(KeyView, frozen=True, kw_only=True):
+    """A new API key. `key` is shown this once: only its hash is kept."""
+
+    key: str
+
+
+class KeyList(msgspec.Struct, frozen=True):
+    """All API keys, by id."""
+
+    keys: tuple[KeyView, ...]
+
+
+class Live(msgspec.Struct, frozen=True):
+    """The process answers."""
+
+    status: str = "ok"
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the API can accept tasks that survive a power cut, and what else is true of the cluster.
+
+    Attributes:
+        ready: the store is reachable and syncs always. The rest is told, and does not change it: tasks may be accepted
+            while no controller leads or no node lives.
+        nodes_live: nodes whose agent beats.
+    """
+
+    ready: bool
+    store: StoreView
+    leader_beating: bool | None
+    nodes_live: int
+    detail: str = ""
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error, as application/problem+json (RFC 9457). Clients match on `code`; more fields may stand beside these.
+
+    Attributes:
+        type: a URN that names the kind of error.
+        title: that kind in words.
+        detail: what was wrong here, and what would be right.
+        code: PascalCase name of the kind.
+        instance: the path that was asked for.
+        retryable: whether the same request may succeed later.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    instance: str
+    retryable: bool = False
+
+
+def utc(ms: int) -> dt.datetime:
+    """A time of the store's clock, in milliseconds, as UTC."""
+    return dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
+
+
+def utc_or_none(ms: int | None) -> dt.datetime | None:
+    """As `utc`, where there is a time."""
+    return None if ms is None else dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
+
+
+def summary_of(record: TaskRecord) -> TaskSummary:
+    """The record as a list shows it."""
+    return TaskSummary(
+        task_id=record.task_id,
+        status=record.status,
+        tenant=record.tenant,
+        function=record.function,
+        attempt=record.attempt,
+        failures=record.failures,
+        crashes=record.crashes,
+        losses=record.losses,
+        node=record.node or None,
+        created_at=utc(record.created_ms),
+        queued_at=utc_or_none(record.queued_ms),
+        started_at=utc_or_none(record.started_ms),
+        finished_at=utc_or_none(record.finished_ms),
+        error=record.error,
+    )
+
+
+def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
+    """The record as one task is shown. It must have its `spec`."""
+    spec = record.spec
+    assert spec is not None
+    return TaskView(
+        task_id=record.task_id,
+        status=record.status,
+        tenant=record.tenant,
+        function=record.function,
+        attempt=record.attempt,
+        failures=record.failures,
+        crashes=record.crashes,
+        losses=record.losses,
+        node=record.node or None,
+        created_at=utc(record.created_ms),
+        queued_at=utc_or_none(record.queued_ms),
+        started_at=utc_or_none(record.started_ms),
+        finished_at=utc_or_none(record.finished_ms),
+        error=record.error,
+        memory_bytes=spec.resources.memory_bytes,
+        gpus=spec.resources.gpus,
+        priority=spec.priority,
+        max_attempts=spec.max_attempts,
+        time_limit_s=spec.time_limit_s,
+        cancel_requested=record.cancel_requested,
+        args=spec.args if with_args else msgspec.UNSET,
+        result=msgspec.Raw(b"null" if record.result is None else record.result),
+    )

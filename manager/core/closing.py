@@ -1,0 +1,149 @@
+"""Who ends so that what waits finds room, and what room is kept for it. Pure, a part of the plan.
+
+Victims come from the ledger: slots on one node whose end makes the shape fit there. What they give back is kept for whom they
+ended: otherwise small shapes would take each piece as it comes, and a large one would never see them all together.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from manager.core.index import Grant, Index
+from manager.core.lifecycle import SlotFlag, SlotStatus
+from manager.core.model import ClusterState, QueueRow, SlotRow
+from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
+from manager.core.placement import find, victims
+from manager.core.shapes import Shape
+
+BUSY_COST: Final = 1e6
+"""Ending a busy slot at its task boundary costs more than ending any number of idle ones on a device."""
+RESIDENT_COST: Final = 1e12
+"""And waiting until a slot has been there for long enough, more than ending any number of busy ones."""
+SEARCHES_MAX: Final = 16
+"""Held shapes that get victims in one round; the others follow a quarter of a second later. Bounds a round's time."""
+
+
+class Close(msgspec.Struct, frozen=True):
+    """End a slot at its next task boundary. `reason`: Idle, or the shape that wants its memory."""
+
+    slot_id: str
+    reason: str
+
+
+class TooLarge:
+    """Sizes that were found not to fit. Room only shrinks within a round, so what is as large need not be tried again."""
+
+    def __init__(self) -> None:
+        self._sizes: list[tuple[int, int]] = []
+
+    def add(self, shape: Shape) -> None:
+        self._sizes.append((shape.memory_bytes, shape.gpus))
+
+    def __contains__(self, shape: Shape) -> bool:
+        return any(shape.memory_bytes >= memory and shape.gpus >= gpus for memory, gpus in self._sizes)
+
+
+def closes_of(
+    state: ClusterState, index: Index, needs: Sequence[Need], vtimes: Mapping[str, float], limits: Limits
+) -> tuple[list[Close], list[tuple[str, Grant]]]:
+    """Victims for what waits, and the room that is kept for it; then slots that have been idle for too long."""
+    queues = {queue.shape_id: queue for queue in state.queues}
+    closes: dict[str, Close] = {}
+    keep: list[tuple[str, Grant]] = []
+    if waiting := [need for need in needs if need.waits]:
+        scratch = index.copy()
+        for slot in state.slots:
+            if slot.flag is not SlotFlag.NONE:
+                scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
+        candidates = [c for slot in state.slots if (c := _candidate(slot, queues, state.now_ms, limits)) is not None]
+        devices = {need.queue.shape_id: need.serving * need.queue.shape.gpus for need in needs}
+        too_large = TooLarge()
+        searches = 0
+        for need in waiting:
+            queue = need.queue
+            if queue.shape in too_large:
+                continue
+            fit = find(queue.shape, scratch)
+            if fit is None and searches < SEARCHES_MAX:
+                costs = _costs(candidates, queue, vtimes, devices, limits)
+                chosen = victims(queue.shape, scratch, costs)
+                for slot_id in chosen:
+                    scratch.free(slot_id)
+                    if costs[slot_id] < RESIDENT_COST:
+                        closes[slot_id] = Close(slot_id, queue.shape_id)
+                if chosen:
+                    searches += 1
+                    candidates = [c for c in candidates if c.slot_id not in chosen]
+                    fit = find(queue.shape, scratch)
+                else:
+                    too_large.add(queue.shape)
+            if fit is not None:
+                scratch.lease(f"for {queue.shape_id}", fit)
+                keep.append((need.held[0], fit))
+    for slot in state.slots:
+        if (
+            slot.slot_id not in closes
+            and slot.status is SlotStatus.OPEN
+            and slot.flag is SlotFlag.NONE
+            and slot.idle_ms is not None
+            and (slot.shape_id not in queues or queues[slot.shape_id].depth == 0)
+            and state.now_ms - slot.idle_ms >= limits.idle_s * 1000
+        ):
+            closes[slot.slot_id] = Close(slot.slot_id, "Idle")
+    return list(closes.values()), keep
+
+
+class _Candidate(msgspec.Struct, frozen=True):
+    """A slot that may have to end for another shape. `rank` is of what waits behind it, None where nothing does."""
+
+    slot_id: str
+    shape_id: str
+    cost: float
+    idle: bool
+    rank: int | None
+
+
+def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limits: Limits) -> _Candidate | None:
+    """What ending the slot costs; None where it is not open, or ends already.
+
+    Of the idle ones the one that has been idle for longest is the cheapest; of the busy ones the one whose tasks are short.
+    """
+    if slot.status is not SlotStatus.OPEN or slot.flag is not SlotFlag.NONE or slot.opened_ms is None:
+        return None
+    own = queues.get(slot.shape_id)
+    rank = None if own is None or own.depth == 0 else priority_rank(own)
+    if slot.idle_ms is not None and slot.running == 0:
+        idle_s = max(0.0, (now_ms - slot.idle_ms) / 1000)
+        return _Candidate(slot.slot_id, slot.shape_id, 1.0 / (1.0 + idle_s), idle=True, rank=rank)
+    run_s = UNKNOWN_RUN_S if own is None or own.run_s is None else own.run_s
+    cost = BUSY_COST + run_s
+    if now_ms - slot.opened_ms < limits.residence_s * 1000:
+        cost += RESIDENT_COST
+    return _Candidate(slot.slot_id, slot.shape_id, cost, idle=False, rank=rank)
+
+
+def _costs(
+    candidates: Sequence[_Candidate],
+    wanting: QueueRow,
+    vtimes: Mapping[str, float],
+    devices: Mapping[str, int],
+    limits: Limits,
+) -> dict[str, float]:
+    """What each slot costs that may be asked to end for `wanting`.
+
+    An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower; or,
+    with nothing of a higher priority behind it, if its shape has more devices now than the one that waits, and has had
+    more, by what a slot has in the minimum residence. Shapes that have about the same would else change places for ever.
+    """
+    rank, had = priority_rank(wanting), vtimes.get(wanting.shape_id, 0.0) + limits.residence_s
+    has = devices.get(wanting.shape_id, 0)
+
+    def may_go(c: _Candidate) -> bool:
+        if c.idle or (c.rank is not None and rank < c.rank):
+            return True
+        if c.rank is not None and rank > c.rank:
+            return False
+        return devices.get(c.shape_id, 0) > has and vtimes.get(c.shape_id, 0.0) > had
+
+    return {c.slot_id: c.cost for c in candidates if c.shape_id != wanting.shape_id and may_go(c)}

@@ -1,0 +1,102 @@
+"""How many slots each shape should have, in the order in which shapes are served. Pure, a part of the plan."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from manager.core.lifecycle import SlotFlag, SlotStatus
+from manager.core.model import ClusterState, QueueRow, SlotRow
+
+UNKNOWN_RUN_S: Final = 1.0
+"""A shape whose run time is not known is taken to need this, so that long tasks start side by side at once."""
+UNKNOWN_OPEN_MAX: Final = 4
+"""But so many slots at first: a burst of tiny tasks must not start a process for each."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the operator has set (see settings `slots`)."""
+
+    drain_target_s: float
+    idle_s: float
+    residence_s: float
+    slots_per_shape_max: int
+
+
+class Need(msgspec.Struct, frozen=True):
+    """One shape in this round: its slots, and how many it should have."""
+
+    queue: QueueRow
+    serving: int
+    requested: int
+    held: tuple[str, ...]
+    wanted: int
+
+    @property
+    def asked(self) -> int:
+        """Slots that were asked for and are on their way, with room or not."""
+        return self.requested + len(self.held)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a slot is held that is still wanted."""
+        return bool(self.held) and self.wanted > self.serving
+
+
+def slots_wanted(queue: QueueRow, slots: Sequence[SlotRow], now_ms: int, limits: Limits) -> int:
+    """How many slots drain the queue within the target, from what was learned of its run time.
+
+    Where that is not known, or the head has waited for longer than the target although all slots have been at work for as
+    long, they are doubled in each such time: a start of many processes costs more than it gives where tasks are short.
+    """
+    if queue.depth == 0:
+        return 0
+    busy = sum(1 for slot in slots if slot.running)
+    run_s = UNKNOWN_RUN_S if queue.run_s is None else queue.run_s
+    needed = math.ceil((queue.depth + busy) * run_s / limits.drain_target_s)
+    target_ms = limits.drain_target_s * 1000
+    settled = all(slot.opened_ms is not None and now_ms - slot.opened_ms > target_ms for slot in slots)
+    if queue.run_s is None:
+        needed = min(needed, max(UNKNOWN_OPEN_MAX, 2 * len(slots) if settled else len(slots)))
+    elif (
+        settled
+        and all(slot.served for slot in slots)  # else some are loading what they need, and will help when they have
+        and queue.head_queued_ms is not None
+        and now_ms - queue.head_queued_ms > target_ms
+    ):
+        needed = max(needed, 2 * len(slots))
+    if limit := queue.shape.max_tasks_per_slot:
+        # Each slot ends by itself: what those that are open will not serve needs new ones.
+        left = sum(max(0, limit - slot.served - slot.running) for slot in slots)
+        needed = max(needed, len(slots) + math.ceil((queue.depth - left) / limit))
+    return max(1, min(needed, queue.depth + busy, limits.slots_per_shape_max))
+
+
+def wake_depth(queue: QueueRow, slots: int, limits: Limits) -> int:
+    """The depth at which `slots` slots would no longer be enough."""
+    if slots == 0:
+        return 1
+    run_s = UNKNOWN_RUN_S if queue.run_s is None else queue.run_s
+    return max(1, int(slots * limits.drain_target_s / max(run_s, 1e-4)))
+
+
+def needs_of(state: ClusterState, held: frozenset[str], vtimes: Mapping[str, float], limits: Limits) -> list[Need]:
+    """Each shape's slots and need, in the order in which they are served."""
+    by_shape: dict[str, list[SlotRow]] = {queue.shape_id: [] for queue in state.queues}
+    for slot in state.slots:
+        by_shape.setdefault(slot.shape_id, []).append(slot)
+    needs = []
+    for queue in sorted(state.queues, key=lambda q: (priority_rank(q), vtimes.get(q.shape_id, 0.0), q.shape_id)):
+        slots = by_shape[queue.shape_id]
+        serving = [s for s in slots if s.status is SlotStatus.OPEN and s.flag is SlotFlag.NONE]
+        requested = [s.slot_id for s in slots if s.status is SlotStatus.REQUESTED]
+        waiting = tuple(sorted(slot_id for slot_id in requested if slot_id in held))
+        wanted = slots_wanted(queue, serving, state.now_ms, limits)
+        needs.append(Need(queue, len(serving), len(requested) - len(waiting), waiting, wanted))
+    return needs
+
+
+def priority_rank(queue: QueueRow) -> int:
+    """Rank of the head's priority class: lower is served first."""
+    return 2**9 if queue.head is None else queue.head >> 44

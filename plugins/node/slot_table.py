@@ -1,0 +1,177 @@
+"""The agent's slots: which are live, opening them, telling them what the store says, ending them.
+
+It checks for itself that what is granted fits what it has leased. A slot is live from the moment that its request is accepted
+until nothing of it is left: a report made in between must have it.
+"""
+
+import asyncio
+import shutil
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from manager.core.devices import Device
+from manager.core.errors import StoreUnavailable
+from manager.core.index import Grant
+from manager.log import get_logger
+from manager.metrics import LOOP_ERRORS
+from plugins.node.link import LiveSlot, OpenSlot
+from plugins.node.runner import SlotRunner
+from plugins.node.slot_executor import Ending, SlotContext
+
+CLOSED_KEPT: Final = 512
+"""Closed slots that each beat repeats: far more than can end between two beats that arrive."""
+STORE_PAUSE_S: Final = 0.2
+
+log = get_logger("rocyard.agent")
+
+
+class SlotTable:
+    """All slots of one agent.
+
+    Args:
+        node: the node's name.
+        slots_max: most slots at once.
+        reserve_bytes: memory of each device that is never leased.
+        devices: the node's devices now.
+        context: what a slot that opens now shares with the others.
+        ask_beat: called when a beat would tell something.
+
+    Attributes:
+        live: by id.
+        closed: ids of the slots that ended last.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        slots_max: int,
+        reserve_bytes: int,
+        devices: Callable[[], tuple[Device, ...]],
+        context: Callable[[], SlotContext],
+        ask_beat: Callable[[], None],
+    ) -> None:
+        self.node = node
+        self.slots_max = slots_max
+        self.reserve_bytes = reserve_bytes
+        self.live: dict[str, SlotRunner] = {}
+        self.closed: deque[str] = deque(maxlen=CLOSED_KEPT)
+        self._devices = devices
+        self._context = context
+        self._ask_beat = ask_beat
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what the Dask worker asks ------------------------------------------------------------------------------
+
+    def report(self) -> tuple[LiveSlot, ...]:
+        """Everything that lives, opened or about to be."""
+        return tuple(LiveSlot(slot_id, runner.grant) for slot_id, runner in self.live.items())
+
+    async def open(self, request: OpenSlot) -> str:
+        """Open a slot, or adopt it where it is open; returns when it has ended, with the reason."""
+        slot_id = request.slot_id
+        runner = self.live.get(slot_id)
+        if runner is None:
+            if slot_id in self.closed or not request.devices:
+                return "Gone"
+            grant = Grant(self.node, request.devices, request.memory_bytes)
+            if (problem := self._over(grant)) is not None:
+                log.error("slot_over_committed", slot=slot_id, problem=problem)
+                return "OverCommitted"
+            runner = self.live[slot_id] = SlotRunner(slot_id, grant, self._context())
+            self._spawn(self._serve(runner))
+        return await asyncio.shield(runner.finished)
+
+    async def _serve(self, runner: SlotRunner) -> None:
+        """From the store's word to the slot's end."""
+        context = runner.context
+        try:
+            while True:
+                try:
+                    reply = await context.store.open_slot(runner.slot_id, self.node, context.incarnation, runner.grant.devices)
+                    break
+                except StoreUnavailable:
+                    await asyncio.sleep(STORE_PAUSE_S)
+            if reply.shape is not None and reply.word in ("OK", "ADOPTED"):
+                log.info("slot_opened", slot=runner.slot_id, devices=runner.grant.devices, shape=reply.shape_id)
+                await runner.run(reply.shape)
+            else:
+                log.warning("slot_refused", slot=runner.slot_id, word=reply.word)
+                if reply.word == "FENCED":
+                    self._ask_beat()
+        except Exception:
+            LOOP_ERRORS.labels(loop="slot").inc()
+            log.exception("loop_failed", loop="slot", slot=runner.slot_id)
+        finally:
+            shutil.rmtree(context.scratch / runner.slot_id, ignore_errors=True)
+            self.live.pop(runner.slot_id, None)
+            self.closed.append(runner.slot_id)
+            if not runner.finished.done():
+                runner.finished.set_result("Refused")
+
+    def _over(self, grant: Grant) -> str | None:
+        """What is leased on these devices, and this, must fit; why not, or None."""
+        if len(self.live) >= self.slots_max:
+            return f"this node has {len(self.live)} slots, which is all that it may have (node.slots_max)"
+        totals = {device.uuid: device.memory_bytes for device in self._devices()}
+        for uuid in grant.devices:
+            leased = sum(r.grant.memory_bytes for r in self.live.values() if uuid in r.grant.devices)
+            if uuid not in totals:
+                return f"there is no device {uuid}"
+            if leased + grant.memory_bytes > totals[uuid] - self.reserve_bytes:
+                return f"{uuid}: {leased} bytes are leased of {totals[uuid]}, {grant.memory_bytes} more were granted"
+        return None
+
+    # --- what the store says --------------------------------------------------------------------------------------
+
+    def beats(self) -> list[tuple[str, bool]]:
+        """Each slot that the store has opened, and whether it is idle."""
+        return [(runner.slot_id, runner.idle) for runner in self.live.values() if runner.shape is not None]
+
+    def tell(self, slot_id: str, word: str) -> None:
+        """A word of the beat's reply about one slot."""
+        runner = self.live.get(slot_id)
+        if runner is None:
+            return
+        if word == "fenced":
+            runner.end(Ending.FENCED)
+        elif word == "preempt":
+            runner.end(Ending.PREEMPTED)
+        elif word.startswith("cancel:"):
+            runner.cancel({word.removeprefix("cancel:")})
+        else:
+            runner.wake()
+
+    def hear(self, text: str) -> None:
+        """A message of the wake channel: ``work SLOT``, ``cancel SLOT``, ``flag SLOT``."""
+        word, _, slot_id = text.partition(" ")
+        if word == "subscribed":  # whatever was said before is lost: ask all, and the beat asks for the rest
+            for runner in self.live.values():
+                runner.wake()
+            self._ask_beat()
+        elif (told := self.live.get(slot_id)) is not None:
+            if word == "cancel":
+                self._spawn(self._cancel(told))
+                return
+            told.wake()
+            if word == "flag":
+                self._ask_beat()
+
+    async def _cancel(self, runner: SlotRunner) -> None:
+        try:
+            runner.cancel(await runner.context.store.cancels(runner.slot_id))
+        except StoreUnavailable:
+            self._ask_beat()  # the beat tells again
+
+    async def end_all(self, why: Ending, timeout_s: float) -> None:
+        """End every slot and wait until nothing of them is left."""
+        runners = list(self.live.values())
+        for runner in runners:
+            runner.end(why)
+        if runners:
+            await asyncio.wait([runner.finished for runner in runners], timeout=timeout_s)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
