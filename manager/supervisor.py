@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,7 @@ from manager.core.ids import new_id
 from manager.core.requests import KeyScope
 from manager.keys import create_key, list_keys
 from manager.log import configure_logging, get_logger
+from manager.metrics import serve_metrics
 from manager.screen import Screen, Started
 from manager.settings import Settings
 from manager.store import Store
@@ -60,6 +61,7 @@ class Supervisor:
         self.screen = screen
         self.children: list[Child] = []
         self.stopping = asyncio.Event()
+        self._stop_metrics: Callable[[], None] = lambda: None
 
     async def run(self) -> int:
         """Start everything, supervise it until stopped, end everything."""
@@ -72,6 +74,7 @@ class Supervisor:
         finally:
             self.screen.stopping()
             await self._stop()
+            self._stop_metrics()
         return 0
 
     async def _start(self, began_s: float) -> None:
@@ -85,6 +88,7 @@ class Supervisor:
             await store.deploy()
             await store.forget_functions()
             key = await self._first_key(store)
+            await self._announce(store)
             nodes = self._nodes()
             await asyncio.gather(*(self._launch(command) for command in self._commands(nodes)))
             async with httpx.AsyncClient(timeout=2.0) as client:
@@ -117,6 +121,13 @@ class Supervisor:
         child = Child(command, self.directory / "logs", self.screen.restarted)
         self.children.append(child)
         await child.start()
+
+    async def _announce(self, store: Store) -> None:
+        """Serve our metrics, and say where."""
+        host = self.settings.controller.metrics_host
+        port, self._stop_metrics = serve_metrics(host, 0)
+        record = {"pid": os.getpid(), "metrics_url": f"http://{host}:{port}/metrics"}
+        await store.put_service("supervisor", msgspec.json.encode(record))
 
     async def _first_key(self, store: Store) -> str:
         """The admin key where this start made it, else empty. The machine's CLI keeps it in a file of its owner's."""
@@ -169,7 +180,7 @@ class Supervisor:
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
-    async def _until(self, ready: Callable[[], "asyncio.Future[bool] | object"], what: str) -> None:
+    async def _until(self, ready: Callable[[], Awaitable[bool]], what: str) -> None:
         """Wait for `ready`; says what went wrong with which process where it does not come.
 
         Raises:
@@ -180,7 +191,7 @@ class Supervisor:
         while True:
             if self.stopping.is_set():
                 raise Stopped
-            if await ready():  # type: ignore[misc]
+            if await ready():
                 return
             failing = next((child for child in self.children if child.restarts >= 3), None)
             if failing is not None or time.monotonic() > deadline_s:
