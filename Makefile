@@ -2,6 +2,7 @@
 #
 #   PYTHON  the Python that makes the virtual environment
 #   VENV    the virtual environment; one of yours is used as it is, and a torch in it is left alone
+#   SEEDS   seeds of `make soak`
 #   ARGS    arguments for what is run, such as ARGS='--simulate 4x8:mi300x'
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: run demo test lint bench clean help
+.PHONY: run demo test lint soak bench clean help
 .SILENT:
 .SUFFIXES:
 
@@ -38,6 +39,10 @@ lint: $(STAMPS)/test  ## ruff and mypy
 	$(BIN)/python -m ruff check --quiet $(LINTED)
 	$(BIN)/python -m ruff format --quiet --check $(LINTED) || { echo "run: $(BIN)/python -m ruff format $(LINTED)"; exit 1; }
 	$(BIN)/python -m mypy --strict --no-error-summary $(CODE)
+
+soak: $(STAMPS)/test  ## random deaths of schedulers and Dask workers, with other seeds (SEEDS="2 3 4")
+	for seed in $(or $(SEEDS),2 3 4 5 6); do \
+	  echo "seed $$seed"; $(BIN)/python -m pytest -q tests/integration/test_soak.py --soak-seed $$seed || exit 1; done
 
 bench: $(STAMPS)/bench  ## one benchmark: BENCH=http ARGS=--json
 	exec $(BIN)/python benchmarks/$(BENCH).py $(ARGS)

@@ -60,8 +60,8 @@ async def test_a_node_that_comes_late_is_used_at_once(world):
     await world.held("s")
     agent = await world.agent("a", 24)
     registered_s = time.monotonic()
-    await eventually(lambda: "s" in agent.live, "it is open", timeout_s=1.0)
-    assert time.monotonic() - registered_s < 1.0
+    await eventually(lambda: "s" in agent.live, "it is open", timeout_s=5.0)
+    assert time.monotonic() - registered_s < 5.0
 
 
 async def test_many_slots_come_and_go_and_nothing_is_promised_twice(world):

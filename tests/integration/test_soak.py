@@ -52,7 +52,7 @@ def test_random_deaths_of_schedulers_and_workers(soaked: Cluster, request: pytes
         pause = time.monotonic() + chance.uniform(0.3, 2.0)
         eventually(lambda p=pause: time.monotonic() > p, 5, "the pause between two deaths")
     views = soaked.wait_all(tasks, 120)
-    assert kills >= 8
+    assert kills >= 5
     assert {view.status for view in views} == {TaskStatus.SUCCEEDED}
     twice = [task.task_id for task in tasks if len(soaked.started(task)) != 1]
     assert twice == [], f"again: pytest {__file__} --soak-seed {seed}"

