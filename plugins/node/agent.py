@@ -79,6 +79,8 @@ class Agent:
             ask_beat=self._beat_now.set,
         )
         self._stopped = asyncio.Event()
+        self._heartbeat: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._heartbeat.set_result(None)
         self._registered = asyncio.Event()
 
     # --- life ---------------------------------------------------------------------------------------------------
@@ -226,9 +228,18 @@ class Agent:
             case AskBeat():
                 self.worker.heard()
                 age_s = time.monotonic() - self.watch.read_s
+                if not self.settings.store.worker_url.value and self._heartbeat.done():
+                    self._heartbeat = asyncio.create_task(self._beat_for_worker(request.address))
                 return Beat(self.node, tuple(self.slots.closed), self.watch.uses, age_s)
             case OpenSlot():
                 return Ended(await self.slots.open(request))
+
+    async def _beat_for_worker(self, address: str) -> None:
+        """The worker's heartbeat, for one that was given no right to the store of its own (store.worker_url)."""
+        try:
+            await self.store.put_heartbeat(self.node, address, self.watch.uses)
+        except StoreUnavailable as error:
+            log.warning("store_unavailable", loop="heartbeat", error=str(error))
 
     def _context(self) -> SlotContext:
         return SlotContext(

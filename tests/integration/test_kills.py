@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from manager.client import Task
+from manager.core.errors import RocyardError
 from manager.core.lifecycle import TaskStatus
 from tests.integration.cluster import Cluster, eventually
 
@@ -56,6 +57,23 @@ def _answers(cluster: Cluster) -> bool:
     except Exception:  # noqa: BLE001  # whatever it is, the API is not back yet
         return False
     return True
+
+
+def test_a_frozen_store_interrupts_no_task_and_fences_nobody(cluster: Cluster) -> None:
+    gate, tasks = _gated(cluster, "frozen-store", 8)
+    before = {row.node: row.incarnation for row in cluster.state().nodes}
+    store = cluster.role("store")
+    store.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(RocyardError):
+            cluster.client.get(tasks[0].task_id)  # refused at the store's deadline, which is longer than an agent's lease
+        gate.touch()
+        eventually(lambda: sum(event["event"] == "end" for event in cluster.witness()) >= 4, 20, "four ends meanwhile")
+    finally:
+        store.send_signal(signal.SIGCONT)
+    _finish(cluster, gate, tasks)
+    assert all(len(cluster.started(task)) == 1 for task in tasks)
+    assert {row.node: row.incarnation for row in cluster.state().nodes} == before
 
 
 def test_death_of_a_dask_worker_interrupts_no_task(cluster: Cluster) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from manager.core.lifecycle import TaskStatus
+from manager.store.server import EmbeddedStore, is_ready
 from tests.integration.cluster import Cluster, eventually
 
 pytestmark = pytest.mark.timeout(240)
@@ -141,3 +142,22 @@ def test_files_with_secrets_are_for_their_owner_alone(own: Cluster) -> None:
     key = json.loads((data / "client.json").read_text())["api_key"]
     for log in (data / "logs").iterdir():
         assert key not in log.read_text(errors="replace")
+
+
+def test_a_store_of_ones_own_is_used(own: Cluster, tmp_path: Path) -> None:
+    spec = EmbeddedStore(tmp_path / "store").prepare()
+    with subprocess.Popen(spec.argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as server:
+        try:
+            assert server.stdin is not None
+            server.stdin.write(spec.stdin_text.value.encode())
+            server.stdin.close()
+            eventually(lambda: is_ready(spec.url.value), 20, "the store")
+            own.environ["ROCYARD_STORE__URL"] = spec.url.value
+            own.start()
+            assert own.role_or_none("store") is None
+            tasks = [own.client.submit("hold", {"path": str(own.witness_path), "seconds": 0.5}) for _ in range(8)]
+            assert {view.status for view in own.wait_all(tasks)} == {TaskStatus.SUCCEEDED}
+            assert own.stop() == 0
+            assert server.poll() is None
+        finally:
+            server.kill()
