@@ -17,7 +17,7 @@ from manager.core.model import ClusterState, QueueRow
 from manager.core.needs import UNKNOWN_OPEN_MAX, Limits, needs_of, wake_depth
 from manager.core.placement import find
 
-STARTING_S: Final = 3.0
+STARTING_S: Final = 2.0
 """An executor is taken to start for so long after its slot has opened, unless it has ended a task: imports take seconds."""
 AGAIN_S: Final = 0.25
 NEVER: Final = 2**31
