@@ -7,6 +7,7 @@ import pytest
 
 from manager.core.lifecycle import TaskStatus
 from manager.core.quantities import GIB
+from plugins.node.devices.simulated import DeviceFault, Faults, write_faults
 from tests.integration.cluster import Cluster, eventually, overcommitted
 
 pytestmark = pytest.mark.timeout(180)
@@ -90,6 +91,35 @@ def test_two_tasks_never_hold_more_memory_of_a_device_than_it_has(cluster: Clust
     assert len(events) == 2 * len(tasks)
     assert overcommitted(events, MI300X_BYTES) == []
     assert max(len(event["devices"]) for event in events) == 2
+
+
+def test_a_task_that_takes_more_than_its_lease_is_seen_and_ended(cluster: Cluster) -> None:
+    greedy = cluster.client.submit("sleep", {"seconds": 600, "memory_bytes": 40 * GIB}, memory="20GiB")
+    modest = cluster.client.submit("sleep", {"seconds": 5, "memory_bytes": 20 * GIB}, memory="20GiB")
+    views = cluster.wait_all([greedy, modest], 60)
+    assert [view.status for view in views] == [TaskStatus.FAILED, TaskStatus.SUCCEEDED]
+    assert views[0].error is not None
+    assert views[0].error.type == "MemoryExceeded"
+
+
+def test_memory_of_strangers_is_never_promised(cluster: Cluster) -> None:
+    folders = [cluster.directory / "data" / "nodes" / node / "devices" for node in ("node-0", "node-1")]
+    strangers = Faults(devices={str(index): DeviceFault(foreign_bytes=150 * GIB) for index in range(2)})
+
+    def foreign() -> list[int]:
+        return [device.foreign_bytes for worker in cluster.client.workers() for device in worker.devices]
+
+    for folder in folders:
+        write_faults(folder, strangers)
+    try:
+        eventually(lambda: all(size >= 150 * GIB for size in foreign()), 20, "the strangers to be seen")
+        task = cluster.client.submit("hold", {"path": str(cluster.witness_path), "seconds": 0}, memory="100GiB")
+        eventually(lambda: task.explain().reason == "ForeignMemory", 20, "the reason")
+        assert not cluster.started(task)
+    finally:
+        for folder in folders:
+            write_faults(folder, Faults())
+    assert cluster.wait_all([task])[0].status is TaskStatus.SUCCEEDED
 
 
 def test_logs_are_the_tasks_own_and_bounded(cluster: Cluster) -> None:
