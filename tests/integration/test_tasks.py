@@ -7,7 +7,6 @@ import pytest
 
 from manager.core.lifecycle import TaskStatus
 from manager.core.quantities import GIB
-from plugins.node.devices.simulated import DeviceFault, Faults, write_faults
 from tests.integration.cluster import Cluster, eventually, overcommitted
 
 pytestmark = pytest.mark.timeout(180)
@@ -100,26 +99,6 @@ def test_a_task_that_takes_more_than_its_lease_is_seen_and_ended(cluster: Cluste
     assert [view.status for view in views] == [TaskStatus.FAILED, TaskStatus.SUCCEEDED]
     assert views[0].error is not None
     assert views[0].error.type == "MemoryExceeded"
-
-
-def test_memory_of_strangers_is_never_promised(cluster: Cluster) -> None:
-    folders = [cluster.directory / "data" / "nodes" / node / "devices" for node in ("node-0", "node-1")]
-    strangers = Faults(devices={str(index): DeviceFault(foreign_bytes=150 * GIB) for index in range(2)})
-
-    def foreign() -> list[int]:
-        return [device.foreign_bytes for worker in cluster.client.workers() for device in worker.devices]
-
-    for folder in folders:
-        write_faults(folder, strangers)
-    try:
-        eventually(lambda: all(size >= 150 * GIB for size in foreign()), 20, "the strangers to be seen")
-        task = cluster.client.submit("hold", {"path": str(cluster.witness_path), "seconds": 0}, memory="100GiB")
-        eventually(lambda: task.explain().reason == "ForeignMemory", 20, "the reason")
-        assert not cluster.started(task)
-    finally:
-        for folder in folders:
-            write_faults(folder, Faults())
-    assert cluster.wait_all([task])[0].status is TaskStatus.SUCCEEDED
 
 
 def test_logs_are_the_tasks_own_and_bounded(cluster: Cluster) -> None:
