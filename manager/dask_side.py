@@ -14,12 +14,12 @@ from dask.base import annotate
 from distributed import Client, fire_and_forget
 
 from manager.core.index import Grant
+from manager.core.keys import SLOT_TASK_PREFIX
 from manager.core.shapes import Shape, encode_shape
 from manager.log import get_logger
 
 CALL_S: Final = 3.0
 CONNECT_S: Final = 2.0
-SLOT_KEY_PREFIX: Final = "slot-"
 
 RunSlot = Callable[[str], Coroutine[Any, Any, str]]
 log = get_logger("rocyard.dask")
@@ -92,7 +92,7 @@ class DaskSide:
         client = await self._connected()
         wanted = {"slot": slot_id, "shape": encode_shape(shape).decode(), "node": node}
         with annotate(gpu=wanted):
-            future = client.submit(self.run_slot, slot_id, key=SLOT_KEY_PREFIX + slot_id, pure=False)
+            future = client.submit(self.run_slot, slot_id, key=SLOT_TASK_PREFIX + slot_id, pure=False)
         fire_and_forget(future)
         future.release()
 

@@ -64,25 +64,6 @@ HOOK_ERRORS = Counter("rocyard_hook_errors_total", "Exceptions that reached the 
 PROCESS_RESTARTS = Counter("rocyard_process_restarts_total", "Processes started again after an exit.", ("process",))
 
 
-class Bounded:
-    """Keeps a label bounded: the first `values_max` different values pass, later ones become ``other``.
-
-    For labels whose values come from outside, such as the name of a device's model.
-    """
-
-    def __init__(self, values_max: int) -> None:
-        self._values_max = values_max
-        self._seen: set[str] = set()
-        self._lock = threading.Lock()
-
-    def __call__(self, value: str) -> str:
-        with self._lock:
-            if value not in self._seen and len(self._seen) >= self._values_max:
-                return OTHER
-            self._seen.add(value)
-        return value
-
-
 def one_of(value: str, allowed: frozenset[str]) -> str:
     """`value` if it is `allowed` as a label, else ``other``."""
     return value if value in allowed else OTHER

@@ -25,7 +25,7 @@ from manager.core.devices import parse_fleet
 from manager.core.errors import RocyardError, StartError, StoreUnavailable
 from manager.core.ids import new_id
 from manager.core.requests import KeyScope
-from manager.keys import create_key, list_keys
+from manager.keys import create_key, parse_key, read_key, verify
 from manager.log import configure_logging, get_logger
 from manager.metrics import serve_metrics
 from manager.screen import Screen, Started
@@ -133,9 +133,9 @@ class Supervisor:
         """The admin key where this start made it, else empty. The machine's CLI keeps it in a file of its owner's."""
         path = self.directory / "client.json"
         key, shown = "", ""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             key = json.loads(path.read_text())["api_key"]
-        if not key or not any(record.revoked_ms is None for record in await list_keys(store)):
+        if not await _opens(store, key):
             key, _ = await create_key(store, ADMIN_TENANT, KeyScope.ADMIN)
             shown = key
         api = self.settings.api
@@ -250,6 +250,12 @@ def _with_ports(settings: Settings) -> Settings:
         api=msgspec.structs.replace(api, port=chosen["api.port"]),
         dask=msgspec.structs.replace(dask, port=chosen["dask.port"], dashboard_port=chosen["dask.dashboard_port"]),
     )
+
+
+async def _opens(store: Store, key: str) -> bool:
+    """Whether the store has this key, unrevoked."""
+    parts = parse_key(key)
+    return parts is not None and verify(await read_key(store, parts[0]), parts[1])
 
 
 async def _answers(store: Store) -> bool:

@@ -18,12 +18,13 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import Recs, Scheduler, TaskState
 
 from manager.core.index import Grant
+from manager.core.keys import SLOT_TASK_PREFIX
 from manager.core.shapes import Shape
 from manager.log import get_logger
 from manager.metrics import HOOK_ERRORS, PLACEMENTS, SLOTS
 from plugins.ledger import Assignment, Ledger, SlotRequest
 from plugins.node.link import Report, decode_beat, decode_report
-from plugins.slot import LINK_EXTENSION, SLOT_KEY_PREFIX
+from plugins.slot import LINK_EXTENSION
 
 SENTINEL: Final = "rocyard-hold://"
 """No worker has this address."""
@@ -107,9 +108,9 @@ class PlacementPlugin(SchedulerPlugin):
     @_guarded
     def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
         """A slot's task has moved: hold it again, or forget it. Only its normal end frees the lease."""
-        if start == finish or not (isinstance(key, str) and key.startswith(SLOT_KEY_PREFIX)):
+        if start == finish or not (isinstance(key, str) and key.startswith(SLOT_TASK_PREFIX)):
             return
-        slot_id = key.removeprefix(SLOT_KEY_PREFIX)
+        slot_id = key.removeprefix(SLOT_TASK_PREFIX)
         if slot_id not in self.ledger.requests:
             return  # somebody's own task that is called so
         if start == "processing" and finish == "memory":
@@ -185,7 +186,7 @@ class PlacementPlugin(SchedulerPlugin):
         self._measure()
 
     def _grant(self, assignment: Assignment, recommendations: Recs) -> None:
-        key = SLOT_KEY_PREFIX + assignment.slot_id
+        key = SLOT_TASK_PREFIX + assignment.slot_id
         task = self.scheduler.tasks.get(key)
         address = self.addresses.get(assignment.grant.node)
         if task is None or address is None or task.state not in ("no-worker", "waiting", "released"):
@@ -202,7 +203,7 @@ class PlacementPlugin(SchedulerPlugin):
 
     def _verify(self, assignment: Assignment) -> None:
         """What Dask did not start is held again."""
-        key = SLOT_KEY_PREFIX + assignment.slot_id
+        key = SLOT_TASK_PREFIX + assignment.slot_id
         task = self.scheduler.tasks.get(key)
         if task is not None and task.state in ("processing", "waiting"):
             PLACEMENTS.labels(result="placed").inc()
@@ -241,7 +242,7 @@ class PlacementPlugin(SchedulerPlugin):
         """The leader has taken these back before anybody had opened them; an agent that tries will be refused."""
         for slot_id in slots:
             self.ledger.ended(slot_id, time.monotonic())
-        keys = [SLOT_KEY_PREFIX + slot_id for slot_id in slots]
+        keys = [SLOT_TASK_PREFIX + slot_id for slot_id in slots]
         self.scheduler.client_releases_keys(
             keys=[key for key in keys if key in self.scheduler.tasks],
             client="fire-and-forget",
@@ -286,9 +287,9 @@ def _restrict(task: TaskState, address: str) -> None:
 
 def _slot_request(key: Any, wanted: Any) -> SlotRequest | None:
     """The request of a slot's task; None for anybody else's."""
-    if not (isinstance(key, str) and key.startswith(SLOT_KEY_PREFIX) and isinstance(wanted, dict)):
+    if not (isinstance(key, str) and key.startswith(SLOT_TASK_PREFIX) and isinstance(wanted, dict)):
         return None
-    if wanted.get("slot") != key.removeprefix(SLOT_KEY_PREFIX):
+    if wanted.get("slot") != key.removeprefix(SLOT_TASK_PREFIX):
         return None
     return SlotRequest(wanted["slot"], msgspec.json.decode(wanted["shape"], type=Shape), wanted.get("node", ""))
 

@@ -9,19 +9,14 @@ from typing import Any
 from distributed import get_worker
 from distributed.worker_state_machine import SecedeEvent
 
+from manager.core.keys import SLOT_TASK_PREFIX
 from plugins.node.link import AgentLink
 
-SLOT_KEY_PREFIX = "slot-"
 LINK_EXTENSION = "rocyard"
 
 
 class GpuWorkNotPlaced(RuntimeError):
     """GPU work reached a worker without having been placed: is the scheduler running its Rocyard plugin?"""
-
-
-def slot_key(slot_id: str) -> str:
-    """The Dask key of a slot's task. Never to be confused with a task's id."""
-    return SLOT_KEY_PREFIX + slot_id
 
 
 def assigned_of(annotations: dict[str, Any] | None) -> tuple[tuple[str, ...], int] | None:
@@ -43,7 +38,7 @@ async def run_slot(slot_id: str) -> str:
         LinkBroken: the agent went away; the slot's fate is in the store.
     """
     worker = get_worker()
-    key = slot_key(slot_id)
+    key = SLOT_TASK_PREFIX + slot_id
     worker.handle_stimulus(SecedeEvent(key=key, compute_duration=0.0, stimulus_id=f"rocyard-{time.time()}"))
     granted = assigned_of(worker.state.tasks[key].annotations)
     if granted is None:

@@ -400,20 +400,7 @@ def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
     spec = record.spec
     assert spec is not None
     return TaskView(
-        task_id=record.task_id,
-        status=record.status,
-        tenant=record.tenant,
-        function=record.function,
-        attempt=record.attempt,
-        failures=record.failures,
-        crashes=record.crashes,
-        losses=record.losses,
-        node=record.node or None,
-        created_at=utc(record.created_ms),
-        queued_at=utc_or_none(record.queued_ms),
-        started_at=utc_or_none(record.started_ms),
-        finished_at=utc_or_none(record.finished_ms),
-        error=record.error,
+        **msgspec.structs.asdict(summary_of(record)),
         memory_bytes=spec.resources.memory_bytes,
         gpus=spec.resources.gpus,
         priority=spec.priority,

@@ -49,6 +49,10 @@ import msgspec
 SCHEMA_VERSION: Final = 1
 
 
+SLOT_TASK_PREFIX: Final = "slot-"
+"""What the Dask key of a slot's task begins with; the slot's id follows. Never to be confused with a task's id."""
+
+
 class Keys(msgspec.Struct, frozen=True):
     """Names of keys under one prefix."""
 

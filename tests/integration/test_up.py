@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from manager.core.lifecycle import TaskStatus
+from manager.core.requests import KeyScope
 from manager.store.server import EmbeddedStore, is_ready
 from tests.integration.cluster import Cluster, eventually
 
@@ -121,6 +122,17 @@ def test_a_store_that_came_back_empty_is_refused(own: Cluster) -> None:
     assert ended.returncode != 0
     assert "is empty" in ended.stderr
     assert "cluster.json" in ended.stderr
+
+
+def test_a_machine_whose_key_was_revoked_gets_another_at_the_next_start(own: Cluster) -> None:
+    own.start()
+    first = json.loads((own.directory / "data" / "client.json").read_text())["api_key"]
+    own.client.create_key("default", KeyScope.ADMIN)
+    own.client.revoke_key(first.split("_")[1])
+    assert own.stop() == 0
+    own.start()
+    assert "admin key" in own.output.read_text()
+    assert own.client.submit("echo", {"x": 1}).result(30) == {"x": 1}
 
 
 def test_rocyard_down_stops_it(own: Cluster) -> None:
