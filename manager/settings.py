@@ -15,6 +15,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_622_400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Ratio = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -41,11 +42,18 @@ class StoreSettings(_Section, frozen=True):
     deadline_s: Seconds = 3.0
 
 
+class TlsSettings(_Section, frozen=True):
+    """Mutual TLS between all processes: one folder of certificates, as ``rocyard certs`` makes it. Empty: none."""
+
+    directory: str = ""
+
+
 class ApiSettings(_Section, frozen=True):
-    """The REST API."""
+    """The REST API. `key` is one more admin key, fixed by whoever runs the cluster."""
 
     host: str = "127.0.0.1"
     port: Port = 8000
+    key: Secret = Secret()
     body_bytes_max: Bytes = MIB
     args_bytes_max: Bytes = 256 * KIB
     wait_s_max: Seconds = 60.0
@@ -74,11 +82,15 @@ class NodeSettings(_Section, frozen=True):
     """A node agent and its devices."""
 
     name: str = ""
+    group: str = ""
     devices: Literal["auto", "amd", "nvidia", "simulated"] = "auto"
     simulate: str = "2x2:mi300x"
     simulated_node: Annotated[int, msgspec.Meta(ge=0)] = 0
     reserve_bytes: Bytes = 512 * MIB
+    memory_ratio_max: Ratio = 1.0
     slots_max: Count = 64
+    registration_s: Seconds = 60.0
+    stop_drain_s: Annotated[float, msgspec.Meta(ge=0, le=31_622_400)] = 0.0
     beat_s: Seconds = 3.0
     lease_beats: Count = 4
     probe_s: Seconds = 2.0
@@ -92,6 +104,7 @@ class SlotSettings(_Section, frozen=True):
 
     drain_target_s: Seconds = 1.0
     idle_s: Seconds = 60.0
+    idle_per_node_max: Count = 64
     residence_s: Seconds = 1.0
     slots_per_shape_max: Count = 10_000
     open_deadline_s: Seconds = 20.0
@@ -114,6 +127,42 @@ class TenantSettings(_Section, frozen=True):
     """What one tenant may have at once."""
 
     active_tasks_max: Count = 100_000
+
+
+class GroupSettings(_Section, frozen=True, kw_only=True):
+    """A kind of node that the autoscaler can add and remove.
+
+    `devices` is what one of its nodes has, as ``COUNT:MODEL``; `workload` names what a provider scales, where it scales
+    something: ``statefulset/NAME`` with Kubernetes.
+    """
+
+    provider: Literal["local", "kubernetes"] = "local"
+    devices: str
+    workers_min: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    workers_max: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 10
+    namespace: str = "default"
+    workload: str = ""
+
+
+class AutoscalerSettings(_Section, frozen=True):
+    """The autoscaler: what it reads, how it decides, and which groups of nodes it may change."""
+
+    mode: Literal["active", "shadow", "off"] = "active"
+    period_s: Seconds = 5.0
+    prometheus_url: str = ""
+    metrics_stale_s: Seconds = 20.0
+    drain_target_s: Seconds = 30.0
+    up_window_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
+    down_window_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 120.0
+    tolerance: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.1
+    step_up_max: Count = 4
+    step_down_max: Count = 4
+    workers_max: Count = 1000
+    backoff_s: Seconds = 10.0
+    backoff_s_max: Seconds = 300.0
+    term_s: Seconds = 15.0
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Port = 0
 
 
 class LogSettings(_Section, frozen=True):
@@ -144,6 +193,7 @@ class Settings(_Section, frozen=True):
 
     data_dir: str = "~/.rocyard"
     store: StoreSettings = StoreSettings()
+    tls: TlsSettings = TlsSettings()
     api: ApiSettings = ApiSettings()
     dask: DaskSettings = DaskSettings()
     controller: ControllerSettings = ControllerSettings()
@@ -152,5 +202,7 @@ class Settings(_Section, frozen=True):
     tasks: TaskSettings = TaskSettings()
     tenant: TenantSettings = TenantSettings()
     tenants: dict[str, TenantSettings] = {}
+    autoscaler: AutoscalerSettings = AutoscalerSettings()
+    groups: dict[str, GroupSettings] = {}
     log: LogSettings = LogSettings()
     functions: dict[str, FunctionSettings] = {}

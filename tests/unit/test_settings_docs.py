@@ -46,7 +46,7 @@ def names_of(tree: dict, prefix: str = "") -> list[str]:
 
 
 def any_name(name: str) -> str:
-    return re.sub(r"^(tenants|functions)\.[^.]+", r"\1.NAME", name)
+    return re.sub(r"^(tenants|functions|groups)\.[^.]+", r"\1.NAME", name)
 
 
 def test_the_yaml_holds_the_defaults():
