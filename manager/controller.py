@@ -20,8 +20,9 @@ from manager.core.leadership import BeatWatch
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState
 from manager.core.needs import Limits
+from manager.core.news import news_of
 from manager.core.planner import Plan, plan
-from manager.core.reconcile import repairs
+from manager.core.reconcile import drains, repairs
 from manager.core.shapes import Shape
 from manager.dask_side import DaskSide, DaskUnavailable, RunSlot, SlotOnDask
 from manager.leader import Leadership
@@ -30,6 +31,7 @@ from manager.metrics import LOOP_ERRORS, QUEUE_TASKS, ROUND_DURATION, ROUNDS, SL
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
 from manager.store.store import connect
+from manager.tls import Role, dask_address, metrics_context, tls_files
 
 ROUND_PAUSE_S: Final = 0.02
 """Between two rounds that were asked for: what is asked for within this time is one round."""
@@ -129,7 +131,10 @@ class Controller:
         await self._sweep(state)
         again_s = self.settings.controller.period_s if following is None else max(ROUND_PAUSE_S, following)
         try:
+            # Before anything is placed: a scheduler that has just started knows of no cordon.
+            await self.dask.tell(news_of(state))
             on_dask, _ = await self.dask.slots()
+            await self._drain(state)
             dropped = await self._repair(state, on_dask)
             planned = await self._plan(state, on_dask, dropped)
         except DaskUnavailable as error:
@@ -169,6 +174,14 @@ class Controller:
                 log.warning("node_lost", node=row.node, incarnation=row.incarnation, silent_s=silent_s, slots=slots)
                 self._wake.set()
         self._watch.keep(row.node for row in state.nodes)
+
+    async def _drain(self, state: ClusterState) -> None:
+        """Flag what is open on nodes that are being drained; the plugin has been told to place nothing there."""
+        todo = drains(state)
+        for flag, slots in ((SlotFlag.DRAIN, todo.drain), (SlotFlag.PREEMPT, todo.preempt)):
+            if slots:
+                log.info("slots_draining", slots=slots, flag=flag.value)
+                await self.store.flag(self.leadership.token, flag, slots)
 
     async def _repair(self, state: ClusterState, on_dask: dict[str, SlotOnDask]) -> frozenset[str]:
         """Bring Dask in line with the store; the slots that were taken back."""
@@ -242,14 +255,15 @@ async def serve(settings: Settings, run_slot: RunSlot) -> None:
     deadline_s = settings.store.deadline_s
     store = connect(settings.store.url.value, deadline_s, "controller")
     listener = StoreConnection(settings.store.url.value, deadline_s, "controller-listen")
-    address = f"tcp://{settings.dask.host}:{settings.dask.port}"
-    controller = Controller(settings, store, listener, DaskSide(address, run_slot))
-    port, stop_metrics = serve_metrics(settings.controller.metrics_host, settings.controller.metrics_port)
+    dask = DaskSide(dask_address(settings), run_slot, tls_files(settings.tls, Role.CONTROLLER))
+    controller = Controller(settings, store, listener, dask)
+    host = settings.controller.metrics_host
+    secure = metrics_context(settings, Role.CONTROLLER, host)
+    metrics_url, stop_metrics = serve_metrics(host, settings.controller.metrics_port, secure)
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, controller.stop)
-    url = f"http://{settings.controller.metrics_host}:{port}/metrics"
-    announcing = asyncio.create_task(_announce(store, url))
+    announcing = asyncio.create_task(_announce(store, metrics_url))
     try:
         await controller.run()
     finally:

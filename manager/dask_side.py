@@ -8,15 +8,18 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 from dask.base import annotate
-from distributed import Client, fire_and_forget
+from distributed import Client, Security, fire_and_forget
 
 from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
+from manager.core.news import News, encode_news
 from manager.core.shapes import Shape, encode_shape
 from manager.log import get_logger
+from manager.tls import TlsFiles, dask_security
 
 CALL_S: Final = 3.0
 CONNECT_S: Final = 2.0
@@ -42,11 +45,13 @@ class DaskSide:
     Args:
         address: of the scheduler.
         run_slot: the coroutine function that a slot's Dask task runs; given, since this package imports no plugin.
+        files: of the controller's certificate, where the scheduler has TLS.
     """
 
-    def __init__(self, address: str, run_slot: RunSlot) -> None:
+    def __init__(self, address: str, run_slot: RunSlot, files: TlsFiles | None = None) -> None:
         self.address = address
         self.run_slot = run_slot
+        self.files = files
         self._client: Client | None = None
 
     async def _connected(self) -> Client:
@@ -55,13 +60,18 @@ class DaskSide:
             return client
         await self.close()
         try:
-            host, port = self.address.removeprefix("tcp://").rsplit(":", 1)
+            place = urlsplit(self.address)
             async with asyncio.timeout(CONNECT_S):
                 # Dask's own connect backs off for as long as the outage lasted; a bare probe tells at once.
-                _, writer = await asyncio.open_connection(host, int(port))
+                _, writer = await asyncio.open_connection(place.hostname, place.port)
                 writer.close()
                 self._client = await Client(
-                    self.address, asynchronous=True, timeout=CONNECT_S, set_as_default=False, name="rocyard-controller"
+                    self.address,
+                    asynchronous=True,
+                    timeout=CONNECT_S,
+                    set_as_default=False,
+                    name="rocyard-controller",
+                    security=None if self.files is None else Security(**dask_security(self.files, "client")),
                 )
         except (OSError, TimeoutError) as error:
             raise DaskUnavailable(str(error) or type(error).__name__) from None
@@ -104,6 +114,10 @@ class DaskSide:
         """Room that victims give back is kept for these held slots, and for none that is not among them."""
         slots = {slot_id: [grant.node, list(grant.devices), grant.memory_bytes] for slot_id, grant in room.items()}
         await self._call("rocyard_keep", slots=slots)
+
+    async def tell(self, news: News) -> None:
+        """What the plugin cannot know; it replaces what it was told before."""
+        await self._call("rocyard_tell", news=encode_news(news))
 
     async def dropped(self, slots: list[str]) -> None:
         """These slots were taken back before anybody had opened them."""

@@ -1,4 +1,4 @@
-"""Leadership among controllers: one holds a token, and every write of its bears it.
+"""Leadership among the processes of one role: one holds a token, and every write of its bears it.
 
 A candidate takes over when the holder resigned, or when the holder's beat has not changed for one term on the candidate's
 own clock. A leader trusts itself only for a part of the term, counted from the start of its last renewal that worked.
@@ -27,13 +27,17 @@ class Leadership:
         store: where the term lies.
         holder: names this process, new with each start.
         term_s: a leader that is silent for this long is replaced.
+        role: empty among controllers; each other role has a leader of its own.
         clock: monotonic seconds.
     """
 
-    def __init__(self, store: Store, holder: str, term_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, store: Store, holder: str, term_s: float, role: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.store = store
         self.holder = holder
         self.term_s = term_s
+        self.role = role
         self.clock = clock
         self.token = 0
         self._watch = BeatWatch()
@@ -49,7 +53,7 @@ class Leadership:
         began_s = self.clock()
         try:
             if self.token:
-                renewed, *_ = await self.store.lead(self.holder, self.token, 0, "renew")
+                renewed, *_ = await self.store.lead(self.holder, self.token, 0, "renew", self.role)
                 if renewed:
                     self._trust(began_s)
                 else:
@@ -62,13 +66,13 @@ class Leadership:
         return self.leads
 
     async def _try(self, began_s: float) -> None:
-        _, token, beat, holder = await self.store.lead(self.holder, 0, 0, "read")
+        _, token, beat, holder = await self.store.lead(self.holder, 0, 0, "read", self.role)
         # The holder may have renewed until the answer came: its silence counts from there, and up to this call's start.
         answered_s = self.clock()
         silent_s = self._watch.unchanged_s("leader", (token, beat, holder), answered_s) - (answered_s - began_s)
         if holder and silent_s < self.term_s:
             return
-        taken, token, *_ = await self.store.lead(self.holder, token, beat, "take")
+        taken, token, *_ = await self.store.lead(self.holder, token, beat, "take", self.role)
         if taken:
             self.token = token
             self._trust(began_s)
@@ -87,7 +91,7 @@ class Leadership:
         """Give the term back, so that the next start need not wait for its end."""
         if self.token:
             try:
-                await self.store.lead(self.holder, self.token, 0, "resign")
+                await self.store.lead(self.holder, self.token, 0, "resign", self.role)
                 log.info("leadership_resigned", token=self.token)
             except StoreUnavailable as error:
                 log.warning("leadership_not_resigned", error=str(error))

@@ -52,6 +52,8 @@ class Ledger:
         self.held: dict[str, None] = {}  # ordered: the oldest first
         self.placed_s: dict[str, float] = {}
         self._kept_s = 0.0
+        self._cordoned: frozenset[str] = frozenset()
+        self._cordoned_there: set[str] = set()
 
     def ask(self, request: SlotRequest) -> None:
         """A slot is to be placed."""
@@ -99,7 +101,20 @@ class Ledger:
             index.lease(slot_id, grant, now_s)
         # `lost` stays: an incarnation that the leader has fenced may register before it has learned of that.
         view = index.nodes[report.node]
-        view.reachable, view.cordoned = True, report.cordoned
+        view.reachable = True
+        self._note_cordon(report.node, there=report.cordoned)
+
+    def cordon(self, nodes: frozenset[str]) -> None:
+        """The leader says on which nodes nothing new may be placed."""
+        changed, self._cordoned = self._cordoned ^ nodes, nodes
+        for node in changed:
+            self._note_cordon(node, there=node in self._cordoned_there)
+
+    def _note_cordon(self, node: str, *, there: bool) -> None:
+        """A node is cordoned if the leader or its own agent says so: who is told first depends."""
+        (self._cordoned_there.add if there else self._cordoned_there.discard)(node)
+        if (view := self.index.nodes.get(node)) is not None:
+            view.cordoned = there or node in self._cordoned
 
     def unreachable(self, node: str) -> None:
         """The node has no Dask worker now. Its leases stay."""
@@ -120,7 +135,7 @@ class Ledger:
         view = self.index.nodes.get(beat.node)
         if view is None:
             return
-        view.cordoned = beat.cordoned or silent
+        self._note_cordon(beat.node, there=beat.cordoned or silent)
         for use in beat.uses:
             self.index.observe(beat.node, use, now_s - beat.age_s - heard_s)
 

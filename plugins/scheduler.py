@@ -19,6 +19,7 @@ from distributed.scheduler import Recs, Scheduler, TaskState
 
 from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
+from manager.core.news import News, decode_news
 from manager.core.shapes import Shape
 from manager.log import get_logger
 from manager.metrics import HOOK_ERRORS, PLACEMENTS, SLOTS
@@ -67,6 +68,7 @@ class PlacementPlugin(SchedulerPlugin):
         self.ledger = Ledger()
         self.addresses: dict[str, str] = {}  # node → address of its Dask worker
         self.nodes: dict[str, str] = {}  # address → node
+        self.news = News()
         self._pump_asked = False
         scheduler.no_workers_timeout = None  # held work waits for as long as it takes
         scheduler.allowed_failures = ALLOWED_FAILURES
@@ -76,6 +78,7 @@ class PlacementPlugin(SchedulerPlugin):
             rocyard_lost=self.rpc_lost,
             rocyard_dropped=self.rpc_dropped,
             rocyard_keep=self.rpc_keep,
+            rocyard_tell=self.rpc_tell,
         )
 
     # --- hooks: change the ledger, ask for a pump ---------------------------------------------------------------
@@ -255,6 +258,13 @@ class PlacementPlugin(SchedulerPlugin):
         """Held slot → [node, devices, memory_bytes]: the room that the leader is having cleared for it."""
         grants = {slot: Grant(node, tuple(devices), size) for slot, (node, devices, size) in slots.items()}
         self.ledger.keep(grants, time.monotonic())
+        self.ask_pump()
+        return "OK"
+
+    async def rpc_tell(self, news: bytes) -> str:
+        """What the leader knows from the store."""
+        self.news = decode_news(news)
+        self.ledger.cordon(frozenset(self.news.cordoned))
         self.ask_pump()
         return "OK"
 

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from manager.core.index import Grant, Index
-from manager.core.lifecycle import SlotFlag, SlotStatus
+from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
 from manager.core.model import ClusterState, QueueRow, SlotRow
 from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
 from manager.core.placement import find, victims
@@ -105,11 +105,13 @@ class _Candidate(msgspec.Struct, frozen=True):
 
 
 def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limits: Limits) -> _Candidate | None:
-    """What ending the slot costs; None where it is not open, or ends already.
+    """What ending the slot costs; None where it is not open, ends already, or is somebody's Dask task.
 
     Of the idle ones the one that has been idle for longest is the cheapest; of the busy ones the one whose tasks are short.
     """
     if slot.status is not SlotStatus.OPEN or slot.flag is not SlotFlag.NONE or slot.opened_ms is None:
+        return None
+    if slot.kind is SlotKind.DIRECT:
         return None
     own = queues.get(slot.shape_id)
     rank = None if own is None or own.depth == 0 else priority_rank(own)

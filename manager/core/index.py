@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from manager.core.devices import Device
+from manager.core.lifecycle import Cordon
 from manager.core.model import ClusterState, DeviceUse
 
 SLOTS_MAX: Final = 64
@@ -237,10 +238,12 @@ def index_of(state: ClusterState) -> Index:
         view = index.nodes[row.node]
         view.lost = row.fenced
         view.reachable = bool(row.address)
+        view.cordoned = row.cordon is not Cordon.NONE
     shapes = {queue.shape_id: queue.shape for queue in state.queues}
     for slot in state.slots:
-        if slot.node and slot.devices and slot.shape_id in shapes:
-            index.lease(slot.slot_id, Grant(slot.node, slot.devices, shapes[slot.shape_id].memory_bytes))
+        if slot.node and slot.devices and (slot.memory_bytes or slot.shape_id in shapes):
+            memory_bytes = slot.memory_bytes or shapes[slot.shape_id].memory_bytes
+            index.lease(slot.slot_id, Grant(slot.node, slot.devices, memory_bytes))
     for row in state.nodes:
         for use in row.uses:
             index.observe(row.node, use, 0.0)

@@ -8,6 +8,8 @@ key                     type    written by                 holds
 ======================  ======  =========================  ===========================================================
 meta                    hash    store, on first start      identity, schema version, the sequence of tasks
 leader                  hash    controllers                token, holder, beat
+leader:autoscaler       hash    autoscalers                the same, of those
+journal                 stream  autoscaler (by functions)  its decisions, bounded
 t:ID                    hash    functions                  one task
 l:ID                    hash    agents (by functions)      stdout and stderr of a task's last attempt, bounded
 q:SHAPE                 zset    functions                  waiting tasks, by priority class, then sequence
@@ -26,7 +28,7 @@ ss:SHAPE                set     functions                  those of a shape
 idle:SHAPE              set     functions                  open slots that wait for work
 run:SLOT                set     functions                  tasks that the slot has claimed
 x:SLOT                  set     functions                  running tasks of the slot whose cancellation was asked
-n:NODE                  hash    agent (by functions)       one node: incarnation, beat, inventory, fenced
+n:NODE                  hash    agent (by functions)       one node: incarnation, beat, inventory, fenced, cordon
 ns:NODE                 set     functions                  open slots of a node
 nodes                   set     functions                  names of nodes
 hb:NODE                 hash    Dask worker (plugin)       the worker's heartbeat with its device readings
@@ -119,6 +121,10 @@ class Keys(msgspec.Struct, frozen=True):
     @property
     def services(self) -> str:
         return f"{self.prefix}services"
+
+    @property
+    def journal(self) -> str:
+        return f"{self.prefix}journal"
 
     @property
     def events(self) -> str:

@@ -37,6 +37,21 @@ class SlotFlag(enum.StrEnum):
     PREEMPT = "preempt"  # now: the running task goes back to the queue and nobody is blamed
 
 
+class SlotKind(enum.StrEnum):
+    """What a slot is for."""
+
+    TASKS = ""  # serves the tasks of its shape, one after the other
+    DIRECT = "direct"  # runs one Dask task of somebody who uses Dask directly, and claims nothing
+
+
+class Cordon(enum.StrEnum):
+    """What a node may still take on."""
+
+    NONE = ""
+    CORDON = "cordon"  # no new slots; those that are open go on
+    DRAIN = "drain"  # and those that are open end at their next task boundary
+
+
 class Outcome(enum.StrEnum):
     """How an attempt ended, as the agent tells the store. One letter: it travels once per task."""
 

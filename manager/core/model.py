@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import msgspec
 
 from manager.core.devices import Device
-from manager.core.lifecycle import Outcome, SlotFlag, SlotStatus, TaskStatus
+from manager.core.lifecycle import Cordon, Outcome, SlotFlag, SlotKind, SlotStatus, TaskStatus
 from manager.core.shapes import Resources, Shape
 
 PRIORITY_MAX: Final = 10
@@ -138,6 +138,22 @@ class NextReply(msgspec.Struct, frozen=True):
     claims: tuple[Claim, ...]
 
 
+class BeatReply(msgspec.Struct, frozen=True):
+    """Answer to an agent's beat.
+
+    Attributes:
+        holds: whether the incarnation still holds; nothing else counts where it does not.
+        cordoned: nothing new may be opened on this node.
+        leave: the node was to be removed and is empty: the agent ends for good.
+        words: about slots: (slot, ``fenced work close drain preempt cancel:ID``).
+    """
+
+    holds: bool
+    cordoned: bool = False
+    leave: bool = False
+    words: tuple[tuple[str, str], ...] = ()
+
+
 class OpenReply(msgspec.Struct, frozen=True):
     """Answer to `open`: OK, ADOPTED, FENCED or REFUSED; with the shape for the first two."""
 
@@ -147,7 +163,10 @@ class OpenReply(msgspec.Struct, frozen=True):
 
 
 class SlotRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A slot as the store has it. `devices` are uuids; `running` counts the tasks that it has claimed."""
+    """A slot as the store has it. `devices` are uuids; `running` counts the tasks that it has claimed.
+
+    A slot of kind DIRECT has no shape in the store: `memory_bytes` is what it leases on each device (0: its shape says).
+    """
 
     slot_id: str
     shape_id: str
@@ -162,10 +181,15 @@ class SlotRow(msgspec.Struct, frozen=True, kw_only=True):
     served: int = 0
     token: int = 0
     running: int = 0
+    kind: SlotKind = SlotKind.TASKS
+    memory_bytes: int = 0
 
 
 class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A shape with work or slots. `head` is the score of its first task; `run_s` its learned run time."""
+    """A shape with work or slots. `head` is the score of its first task; `run_s` its learned run time.
+
+    `warm` slots are to be open although nothing waits; those that have been idle since before `unload_ms` are to close.
+    """
 
     shape_id: str
     shape: Shape
@@ -173,10 +197,15 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     head: int | None = None
     head_queued_ms: int | None = None
     run_s: float | None = None
+    warm: int = 0
+    unload_ms: int | None = None
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an agent says of itself when it registers. `cpus` are its host's, which other nodes may share; 0: not known."""
+    """What an agent says of itself when it registers.
+
+    `cpus` are its host's, which other nodes may share; 0: not known. `group` is the autoscaler's, empty: none.
+    """
 
     hostname: str
     pid: int
@@ -187,6 +216,7 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     slots_max: int = 64
     cpus: int = 0
     metrics_url: str = ""
+    group: str = ""
 
 
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -215,6 +245,12 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     """A node as the store has it. `beat` only ever changes; who watches it uses a clock of their own.
 
     `uses` and `address` come from its Dask worker's heartbeat.
+
+    Attributes:
+        registered_ms: when this incarnation registered.
+        cordon: what it may still take on, who said so (operator or autoscaler), and when.
+        deadline_ms: a drain gives running tasks back to the queue then; None: it waits for them.
+        remove: once it is empty the agent ends, and is not started again.
     """
 
     node: str
@@ -226,6 +262,12 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     uses: tuple[DeviceUse, ...] = ()
     uses_ms: int | None = None
     address: str = ""
+    registered_ms: int | None = None
+    cordon: Cordon = Cordon.NONE
+    cordon_by: str = ""
+    cordon_ms: int | None = None
+    deadline_ms: int | None = None
+    remove: bool = False
 
 
 class ClusterState(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from manager.core.lifecycle import SlotStatus
+from manager.core.lifecycle import Cordon, SlotFlag, SlotKind, SlotStatus
 from manager.core.model import ClusterState, SlotRow
 
 
@@ -44,6 +44,8 @@ def repairs(state: ClusterState, on_dask: Mapping[str, tuple[str, str]], open_de
     fenced = {row.node for row in state.nodes if row.fenced}
     living = {slot.slot_id for slot in state.slots}
     for slot in state.slots:
+        if slot.kind is SlotKind.DIRECT:
+            continue  # its Dask task is its client's, and its end is the agent's
         where, node = on_dask.get(slot.slot_id, ("", ""))
         if slot.status is SlotStatus.REQUESTED:
             late = state.now_ms - slot.requested_ms > open_deadline_s * 1000
@@ -62,3 +64,29 @@ def repairs(state: ClusterState, on_dask: Mapping[str, tuple[str, str]], open_de
         forget=tuple(sorted(forget)),
         tell_lost=tuple((row.node, row.incarnation) for row in state.nodes if row.fenced and row.node in haunted),
     )
+
+
+class Drains(msgspec.Struct, frozen=True):
+    """Slots on nodes that are being drained, and what to ask of each."""
+
+    drain: tuple[str, ...]
+    preempt: tuple[str, ...]
+
+
+def drains(state: ClusterState) -> Drains:
+    """What is still open on nodes that are being drained: to end at its task boundary, and past the deadline now."""
+    draining = {
+        row.node: row.deadline_ms for row in state.nodes if row.cordon is Cordon.DRAIN and not row.fenced and not row.left
+    }
+    drain: list[str] = []
+    preempt: list[str] = []
+    for slot in state.slots:
+        if slot.status is not SlotStatus.OPEN or slot.node not in draining:
+            continue
+        deadline_ms = draining[slot.node]
+        if deadline_ms is not None and state.now_ms >= deadline_ms:
+            if slot.flag is not SlotFlag.PREEMPT:
+                preempt.append(slot.slot_id)
+        elif slot.kind is SlotKind.TASKS and slot.flag not in (SlotFlag.DRAIN, SlotFlag.PREEMPT):
+            drain.append(slot.slot_id)
+    return Drains(tuple(drain), tuple(preempt))

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import msgspec
 
-from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
+from manager.core.lifecycle import Cordon, SlotFlag, SlotKind, SlotStatus, TaskStatus
 from manager.core.model import (
     ClusterState,
     DeviceUse,
@@ -119,7 +119,8 @@ def opened(reply: list[Any]) -> OpenReply:
 
 
 def _slot(row: list[Any]) -> SlotRow:
-    slot_id, shape, status, node, incarnation, devices, flag, requested, opened_at, idle, served, token, running = row
+    slot_id, shape, status, node, incarnation, devices, flag, requested, opened_at, idle, served = row[:11]
+    token, kind, memory, running = row[11:]
     return SlotRow(
         slot_id=slot_id.decode(),
         shape_id=_text(shape),
@@ -134,11 +135,13 @@ def _slot(row: list[Any]) -> SlotRow:
         served=int(served or 0),
         token=int(token or 0),
         running=int(running),
+        kind=SlotKind(_text(kind)),
+        memory_bytes=int(memory or 0),
     )
 
 
 def _queue(row: list[Any]) -> QueueRow:
-    shape_id, shape, depth, head, queued, run_ms = row
+    shape_id, shape, depth, head, queued, run_ms, warm, unload = row
     return QueueRow(
         shape_id=shape_id.decode(),
         shape=_shape(shape),
@@ -146,11 +149,14 @@ def _queue(row: list[Any]) -> QueueRow:
         head=int(float(head)) if head else None,
         head_queued_ms=_ms(queued),
         run_s=float(run_ms) / 1000 if run_ms else None,
+        warm=int(warm),
+        unload_ms=_ms(unload),
     )
 
 
 def _node(row: list[Any]) -> NodeRow:
-    node, incarnation, beat, info, fenced, left, uses, seen, address = row
+    node, incarnation, beat, info, fenced, left, registered = row[:7]
+    cordon, cordon_by, cordoned, deadline, remove, uses, seen, address = row[7:]
     try:
         readings = _uses(uses) if uses else ()
         read_ms = _ms(seen)
@@ -166,6 +172,12 @@ def _node(row: list[Any]) -> NodeRow:
         uses=readings,
         uses_ms=read_ms,
         address=(address or b"").decode(errors="replace"),
+        registered_ms=_ms(registered),
+        cordon=Cordon(_text(cordon)),
+        cordon_by=_text(cordon_by),
+        cordon_ms=_ms(cordoned),
+        deadline_ms=_ms(deadline),
+        remove=remove == b"1",
     )
 
 

@@ -16,8 +16,9 @@ import msgspec
 
 from manager.core.errors import QuotaExceeded, StoreFull, StoreUnavailable
 from manager.core.keys import SCHEMA_VERSION, Keys
-from manager.core.lifecycle import SlotFlag, TaskStatus
+from manager.core.lifecycle import Cordon, SlotFlag, TaskStatus
 from manager.core.model import (
+    BeatReply,
     Claim,
     ClusterState,
     DeviceUse,
@@ -31,7 +32,7 @@ from manager.core.model import (
     TaskSpec,
     priority_offset,
 )
-from manager.core.shapes import encode_shape
+from manager.core.shapes import Shape, encode_shape
 from manager.metrics import STORE_ERRORS, STORE_RECONNECTS
 from manager.store import rows
 from manager.store.connection import StoreConnection, StoreReplyError
@@ -202,6 +203,11 @@ class Store:
         reply = await self._run("ry_open", slot_id, node, incarnation, ",".join(devices))
         return rows.opened(reply)
 
+    async def open_direct(self, slot_id: str, node: str, incarnation: str, devices: Sequence[str], memory_bytes: int) -> str:
+        """Note a slot that runs a Dask task of somebody's: OK, ADOPTED, FENCED, REFUSED (a known id) or CORDONED."""
+        reply = await self._run("ry_open_direct", slot_id, node, incarnation, ",".join(devices), memory_bytes)
+        return str(reply.decode())
+
     async def next(self, slot_id: str, incarnation: str, n: int, ends: Iterable[End]) -> NextReply:
         """Commit `ends`, then claim up to `n` tasks (0: only commit)."""
         args: list[Any] = [slot_id, incarnation, n]
@@ -233,17 +239,16 @@ class Store:
         """Register an agent; all that earlier incarnations of the node held ends. False: this incarnation is fenced."""
         return bool(await self._run("ry_register", node, incarnation, msgspec.json.encode(info)) == b"OK")
 
-    async def beat(self, node: str, incarnation: str, slots: Iterable[tuple[str, bool]]) -> tuple[bool, list[tuple[str, str]]]:
-        """One heartbeat of an agent with its slots (id, idle).
-
-        Returns:
-            Whether the incarnation still holds, and words about slots: ``fenced work close drain preempt cancel:ID``.
-        """
+    async def beat(self, node: str, incarnation: str, slots: Iterable[tuple[str, bool]]) -> BeatReply:
+        """One heartbeat of an agent with its slots (id, idle)."""
         args: list[Any] = []
         for slot_id, idle in slots:
             args += (slot_id, "i" if idle else "b")
         reply = [part.decode() for part in await self._run("ry_beat", node, incarnation, *args)]
-        return reply[0] == "OK", [(reply[i], reply[i + 1]) for i in range(1, len(reply), 2)]
+        words = [(reply[i], reply[i + 1]) for i in range(1, len(reply), 2)]
+        return BeatReply(
+            reply[0] == "OK", ("", "cordoned") in words, ("", "leave") in words, tuple(word for word in words if word[0])
+        )
 
     async def cancels(self, slot_id: str) -> set[str]:
         """Tasks of the slot whose cancellation was asked."""
@@ -253,11 +258,52 @@ class Store:
         """An agent stops cleanly: its slots end, their tasks go back."""
         await self._run("ry_leave", node, incarnation)
 
+    # --- nodes and slots, for operators and the autoscaler --------------------------------------------------------
+
+    async def cordon(
+        self, node: str, mode: Cordon, by: str, deadline_s: float | None = None, *, remove: bool = False, token: int = 0
+    ) -> str:
+        """Say what a node may still take on.
+
+        Args:
+            mode: NONE lifts it.
+            by: ``operator`` or ``autoscaler``; the latter must lead with `token`.
+            deadline_s: a drain gives running tasks back after this; None: it waits for them.
+            remove: once it is empty the agent ends for good.
+
+        Returns:
+            OK, NONE (no such node), STALE (the token), KEPT (an operator has cordoned it: the autoscaler leaves it so).
+        """
+        deadline = "" if deadline_s is None else deadline_s
+        reply = await self._run("ry_cordon", node, mode.value, by, deadline, "1" if remove else "", token or "")
+        return str(reply.decode())
+
+    async def warm(self, shape_id: str, shape: Shape, slots: int, seconds: float) -> None:
+        """Have so many slots of the shape open for so long, although nothing waits; 0: no more than work asks for."""
+        await self._run("ry_warm", shape_id, encode_shape(shape), slots, seconds)
+
+    async def unload(self, shape_ids: Sequence[str]) -> None:
+        """Have the idle slots of these shapes closed, and none kept warm."""
+        await self._run("ry_unload", *shape_ids)
+
+    async def write_journal(self, token: int, decision: bytes, kept: int) -> bool:
+        """Append to the autoscaler's journal, which holds about `kept`. False: the token is stale."""
+        return bool(await self._run("ry_journal", token, decision, kept) != b"STALE")
+
+    async def journal(self, limit: int, before: str = "+") -> list[tuple[str, bytes]]:
+        """Decisions of the autoscaler (id, JSON), newest first, from before the stream id `before`."""
+        top = before if before == "+" else f"({before}"
+        rows = await self._raw("XREVRANGE", self.keys.journal, top, "-", "COUNT", limit)
+        return [(entry_id.decode(), fields[1]) for entry_id, fields in rows]
+
     # --- for the leader -----------------------------------------------------------------------------------------
 
-    async def lead(self, holder: str, token: int, beat: int, step: str) -> tuple[bool, int, int, str]:
-        """One step of leadership: ``read take renew resign``. Returns (done, token, beat, holder)."""
-        word, now_token, now_beat, now_holder = await self._run("ry_lead", holder, token, beat, step)
+    async def lead(self, holder: str, token: int, beat: int, step: str, role: str = "") -> tuple[bool, int, int, str]:
+        """One step of leadership: ``read take renew resign``. Returns (done, token, beat, holder).
+
+        `role`: empty for controllers; others, such as ``autoscaler``, have a leader of their own.
+        """
+        word, now_token, now_beat, now_holder = await self._run("ry_lead", holder, token, beat, step, role)
         return word == b"OK", int(now_token), int(now_beat), now_holder.decode()
 
     async def look(self, *, leader: bool) -> ClusterState:

@@ -168,11 +168,11 @@ class Agent:
 
     async def _beat(self) -> None:
         began_s = time.monotonic()
-        holds, words = await self.store.beat(self.node, self.incarnation, self.slots.beats())
-        if not holds:
+        reply = await self.store.beat(self.node, self.incarnation, self.slots.beats())
+        if not reply.holds:
             await self._start_over()
             return
-        for slot_id, word in words:
+        for slot_id, word in reply.words:
             self.slots.tell(slot_id, word)
         try:
             async with asyncio.timeout(self.settings.node.beat_s):

@@ -156,7 +156,7 @@ async def test_a_sweep_forgets_tombstones_and_nodes_that_are_gone(lab: Lab):
     assert f"s:{slot}" not in found.hashes
     assert "hb:lost" not in found.hashes
     # Who wakes up after all that time is a stranger, and says so to itself.
-    assert (await lab.store.beat("lost", lost.incarnation, []))[0] is False
+    assert (await lab.store.beat("lost", lost.incarnation, [])).holds is False
 
 
 async def test_a_sweep_is_bounded(lab: Lab):

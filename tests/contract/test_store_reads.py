@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from manager.core.lifecycle import Outcome, TaskStatus
+from manager.core.model import BeatReply
 from tests.contract.store_harness import RED, Lab, end, submission
 
 
@@ -148,8 +149,8 @@ async def test_500_tasks_in_one_call(lab: Lab):
 async def test_500_slots_of_one_node_in_one_call(lab: Lab):
     agent = await lab.agent()
     slots = [await lab.open(agent) for _ in range(500)]
-    holds, words = await lab.store.beat("n1", agent.incarnation, [(slot, True) for slot in slots])
-    assert (holds, words) == (True, [])
+    beaten = await lab.store.beat("n1", agent.incarnation, [(slot, True) for slot in slots])
+    assert beaten == BeatReply(holds=True)
     await lab.submit(500)
     assert await lab.idle() == set()
     assert set((await lab.store.lost(lab.token, "n1", agent.incarnation))[1]) == set(slots)

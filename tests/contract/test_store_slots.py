@@ -3,7 +3,7 @@
 import pytest
 
 from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
-from manager.core.model import DeviceUse
+from manager.core.model import BeatReply, DeviceUse
 from tests.contract.store_harness import INFO, RED, Agent, Lab, check_invariants, dump, end
 
 
@@ -89,8 +89,8 @@ async def test_a_new_incarnation_ends_all_that_the_node_held(lab: Lab):
     assert [await slot_row(lab, s) for s in (slot, spare)] == [None, None]
     assert await slot_row(lab, other) is not None
     assert (await lab.next(old, slot, 1, end(claim))).word == "FENCED"
-    assert (await lab.store.beat("n1", old.incarnation, []))[0] is False, "a replaced incarnation beats"
-    assert (await lab.store.beat("n1", new.incarnation, []))[0] is True
+    assert (await lab.store.beat("n1", old.incarnation, [])).holds is False, "a replaced incarnation beats"
+    assert (await lab.store.beat("n1", new.incarnation, [])).holds is True
 
 
 async def test_registering_again_is_harmless(lab: Lab):
@@ -106,10 +106,10 @@ async def test_a_late_registration_of_a_replaced_incarnation_ends_nothing(lab: L
     slot = await lab.open(new)
     assert not await lab.store.register("n1", old.incarnation, INFO), "a replaced incarnation came back"
     assert (await slot_row(lab, slot)).status is SlotStatus.OPEN
-    assert (await lab.store.beat("n1", new.incarnation, []))[0] is True
+    assert (await lab.store.beat("n1", new.incarnation, [])).holds is True
     for _ in range(20):
         new = await lab.agent()
-    assert (await lab.store.beat("n1", new.incarnation, []))[0] is True
+    assert (await lab.store.beat("n1", new.incarnation, [])).holds is True
 
 
 async def test_a_lost_incarnation_can_do_nothing_any_more(lab: Lab):
@@ -120,7 +120,7 @@ async def test_a_lost_incarnation_can_do_nothing_any_more(lab: Lab):
     assert await lab.store.lost(lab.token, "n1", agent.incarnation) == (True, [slot])
     assert await lab.store.lost(lab.token, "n1", agent.incarnation) == (True, [])
     assert await lab.status(task) is TaskStatus.QUEUED
-    assert (await lab.store.beat("n1", agent.incarnation, [(slot, False)]))[0] is False, "a fenced incarnation beats"
+    assert (await lab.store.beat("n1", agent.incarnation, [(slot, False)])).holds is False, "a fenced incarnation beats"
     assert not await lab.store.register("n1", agent.incarnation, INFO), "a fenced incarnation registers"
     assert (await lab.store.open_slot(requested, "n1", agent.incarnation, ["gpu-0"])).word == "FENCED"
     assert (await lab.store.open_slot(slot, "n1", agent.incarnation, ["gpu-0"])).word == "FENCED"
@@ -128,7 +128,7 @@ async def test_a_lost_incarnation_can_do_nothing_any_more(lab: Lab):
     (row,) = (await lab.store.look(leader=False)).nodes
     assert row.fenced
     fresh = await lab.agent()
-    assert (await lab.store.beat("n1", fresh.incarnation, []))[0] is True
+    assert (await lab.store.beat("n1", fresh.incarnation, [])).holds is True
     (row,) = (await lab.store.look(leader=False)).nodes
     assert not row.fenced
 
@@ -179,16 +179,16 @@ async def test_a_beat_tells_what_must_be_known_of_each_slot(lab: Lab):
     await lab.store.flag(lab.token, SlotFlag.PREEMPT, [flagged])
     await lab.store.fence(lab.token, "Test", [closed])
     slots = [(running, False), (flagged, True), (idle, True), (closed, True), ("unheard-of", True)]
-    holds, words = await lab.store.beat("n1", agent.incarnation, slots)
-    assert holds
-    assert set(words) == {
+    beaten = await lab.store.beat("n1", agent.incarnation, slots)
+    assert beaten.holds
+    assert set(beaten.words) == {
         (running, f"cancel:{task}"),
         (flagged, "preempt"),
         (closed, "fenced"),
         ("unheard-of", "fenced"),
     }
     await lab.submit()
-    assert (idle, "work") in (await lab.store.beat("n1", agent.incarnation, slots))[1]
+    assert (idle, "work") in (await lab.store.beat("n1", agent.incarnation, slots)).words
 
 
 async def test_a_beat_marks_a_slot_idle_again_whose_wake_up_was_lost(lab: Lab):
@@ -207,7 +207,7 @@ async def test_a_beat_tells_an_idle_slot_of_claims_whose_answer_was_lost(lab: La
     slot = await lab.open(agent)
     await lab.submit()
     await lab.next(agent, slot)
-    assert (await lab.store.beat("n1", agent.incarnation, [(slot, True)]))[1] == [(slot, "work")]
+    assert (await lab.store.beat("n1", agent.incarnation, [(slot, True)])).words == ((slot, "work"),)
     assert await lab.idle() == set()
 
 
@@ -225,7 +225,7 @@ async def test_a_flagged_slot_takes_nothing_more_and_is_woken(lab: Lab, flag: Sl
         assert await heard.all(lab) == [f"flag {slot}"], "a slot that takes nothing was woken for work"
     reply = await lab.next(agent, slot)
     assert (reply.word, reply.claims) == (flag.value.upper(), ())
-    assert (await lab.store.beat("n1", agent.incarnation, [(slot, True)]))[1][0] == (slot, flag.value)
+    assert (await lab.store.beat("n1", agent.incarnation, [(slot, True)])).words[0] == (slot, flag.value)
 
 
 async def test_flags_are_for_open_slots(lab: Lab):
@@ -338,4 +338,4 @@ async def test_a_task_that_runs_much_longer_than_its_shape_asks_the_controller(l
 
 async def test_an_unregistered_agent_is_fenced(lab: Lab):
     stranger = Agent("n1")
-    assert await lab.store.beat("n1", stranger.incarnation, []) == (False, [])
+    assert await lab.store.beat("n1", stranger.incarnation, []) == BeatReply(holds=False)

@@ -438,7 +438,7 @@ async def test_cancelling_what_runs_tells_its_agent_until_it_has_ended(lab: Lab)
         assert await heard.all(lab) == [f"cancel {slot}"]
     assert (await lab.record(task)).cancel_requested
     assert await lab.store.cancels(slot) == {task}
-    assert (await lab.store.beat("n1", agent.incarnation, [(slot, False)]))[1] == [(slot, f"cancel:{task}")]
+    assert (await lab.store.beat("n1", agent.incarnation, [(slot, False)])).words == ((slot, f"cancel:{task}"),)
     await lab.next(agent, slot, 0, end(claim, Outcome.CANCELLED))
     assert await lab.status(task) is S.CANCELLED
     assert await lab.store.cancels(slot) == set()

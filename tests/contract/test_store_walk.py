@@ -17,7 +17,7 @@ from typing import Any
 from manager.core.errors import QuotaExceeded
 from manager.core.ids import new_id
 from manager.core.lifecycle import FINAL, Outcome, SlotFlag, SlotStatus, TaskStatus
-from manager.core.model import Claim, ClusterState, End, NextReply
+from manager.core.model import BeatReply, Claim, ClusterState, End, NextReply
 from tests.contract.store_harness import INFO, Lab, StoreServer, Violation, check_invariants, connected, submission
 
 SEEDS = 40
@@ -152,20 +152,20 @@ class Walk:
         agent = self.rng.choice(self.agents)
         slots = [(held.slot, not held.claims) for held in agent.slots.values()]
 
-        async def send() -> tuple[bool, list[tuple[str, str]]]:
+        async def send() -> BeatReply:
             answer = await self.store.beat(agent.node, agent.incarnation, slots)
-            if answer[0] and agent.zombie:
+            if answer.holds and agent.zombie:
                 raise Violation("zombie-refused", f"{agent.incarnation} beat")
             return answer
 
-        (holds, words), arrives = await self.call(send)
+        reply, arrives = await self.call(send)
         if arrives:
-            for slot, word in words:
+            for slot, word in reply.words:
                 if word == "fenced":
                     agent.slots.pop(slot, None)
                 elif word.startswith("cancel:") and (held := agent.slots.get(slot)):
                     self.finish_one(held, word.removeprefix("cancel:"), Outcome.CANCELLED)
-            if not holds:
+            if not reply.holds:
                 agent.slots.clear()
 
     async def open(self) -> None:

@@ -21,7 +21,7 @@ class FakeTerm:
         self.away = False
         self.delays = {}  # holder → what to do before its call takes effect
 
-    async def lead(self, holder, token, beat, step):
+    async def lead(self, holder, token, beat, step, role):
         if self.away:
             raise StoreUnavailable
         self.delays.get(holder, lambda: None)()
@@ -53,7 +53,7 @@ def done(coroutine):
 
 
 def candidate(store, name, clock=None):
-    return Leadership(store, name, TERM_S, clock or Clock())
+    return Leadership(store, name, TERM_S, clock=clock or Clock())
 
 
 def step(leader, seconds=0.0):

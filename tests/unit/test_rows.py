@@ -77,13 +77,14 @@ def test_a_slot_has_the_fields_of_the_library_in_its_order():
 
 @pytest.mark.parametrize(("text", "head"), [(b"", None), (b"100000000", 10**8), (b"1e+8", 10**8)])
 def test_the_head_of_a_queue_as_either_server_writes_it(text: bytes, head: int | None):
-    row = [b"sh", encode_shape(SHAPE), 4, text, b"", b"12.500"]
+    row = [b"sh", encode_shape(SHAPE), 4, text, b"", b"12.500", 0, b""]
     (queue,) = rows.state([1, [row], [], []]).queues
     assert (queue.head, queue.depth, queue.run_s, queue.shape) == (head, 4, 0.0125, SHAPE)
 
 
 def node_row(uses: bytes = b"", seen: bytes = b"", address: bytes = b"", fenced: bytes = b"") -> list[bytes]:
-    return [b"n1", b"inc", b"4", msgspec.json.encode(INFO), fenced, b"", uses, seen, address]
+    values = {"incarnation": b"inc", "beat": b"4", "info": msgspec.json.encode(INFO), "fenced": fenced}
+    return [b"n1", *(values.get(field, b"") for field in lua_fields("NODE_FIELDS")), uses, seen, address]
 
 
 def test_a_node_is_fenced_when_its_present_incarnation_is():

@@ -101,7 +101,7 @@ end
 -- Ends a slot for good: what it had claimed goes back, its id becomes a tombstone. Safe to call twice.
 local function close_slot(p, slot, reason, now)
   local key = p .. 's:' .. slot
-  local record = redis.call('HMGET', key, 'status', 'shape', 'node')
+  local record = redis.call('HMGET', key, 'status', 'shape', 'node', 'kind')
   if not record[1] or record[1] == 'CLOSED' then return false end
   local shape = record[2]
   local returned = 0
@@ -119,12 +119,13 @@ local function close_slot(p, slot, reason, now)
   redis.call('SREM', p .. 'idle:' .. shape, slot)
   if record[3] then redis.call('SREM', p .. 'ns:' .. record[3], slot) end
   redis.call('ZADD', p .. 'tombs', now, slot)
+  if record[4] == 'direct' then return true end -- it has no shape here
   redis.call('HSET', p .. 'sh:' .. shape, 'wake_at', '0')
   if redis.call('ZCARD', p .. 'q:' .. shape) > 0 then work_arrived(p, shape, math.max(returned, 1)) end
   return true
 end
 
--- Whether the caller is the leader by its token.
-local function leads(p, token)
-  return redis.call('HGET', p .. 'leader', 'token') == token
+-- Whether the caller is the leader by its token: of the controllers, or of the processes of another role.
+local function leads(p, token, role)
+  return redis.call('HGET', p .. 'leader' .. (role and ':' .. role or ''), 'token') == token
 end

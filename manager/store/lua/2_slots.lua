@@ -37,6 +37,25 @@ local function open(keys, args)
   return { 'OK', shape, blob }
 end
 
+-- slot, node, incarnation, devices, memory (bytes on each): the agent has taken a Dask task of somebody's.
+-- OK, ADOPTED, FENCED, REFUSED, or CORDONED.
+local function open_direct(keys, args)
+  local p, slot, node, incarnation = keys[1], args[1], args[2], args[3]
+  if not node_holds(p, node, incarnation) then return 'FENCED' end
+  local key = p .. 's:' .. slot
+  local record = redis.call('HMGET', key, 'status', 'node', 'incarnation')
+  if record[1] == 'OPEN' and record[2] == node and record[3] == incarnation then return 'ADOPTED' end
+  if record[1] then return 'REFUSED' end
+  if (redis.call('HGET', p .. 'n:' .. node, 'cordon') or '') ~= '' then return 'CORDONED' end
+  local now = now_ms()
+  redis.call('HSET', key, 'status', 'OPEN', 'kind', 'direct', 'shape', '', 'node', node, 'incarnation', incarnation,
+    'devices', args[4], 'memory', args[5], 'requested', now, 'opened', now, 'idle', '', 'served', 0, 'served_max', 0,
+    'flag', '')
+  redis.call('SADD', p .. 'slots', slot)
+  redis.call('SADD', p .. 'ns:' .. node, slot)
+  return 'OK'
+end
+
 -- slot, incarnation, reason: the agent ends the slot that it has opened.
 local function close(keys, args)
   local p, slot = keys[1], args[1]
@@ -100,19 +119,47 @@ local function close_all_of(p, node, reason, now)
   return closed
 end
 
+local function uncordon(key)
+  redis.call('HDEL', key, 'cordon', 'cordon_by', 'cordoned', 'deadline', 'remove')
+end
+
+-- node, mode ("", cordon, drain), by, seconds until running tasks go back or "", remove ("1" or ""), token or "": OK, NONE
+-- (no such node), STALE (the token), KEPT (the autoscaler does not touch what an operator has cordoned).
+local function cordon(keys, args)
+  local p, node, mode, by = keys[1], args[1], args[2], args[3]
+  if by == 'autoscaler' and not leads(p, args[6], 'autoscaler') then return 'STALE' end
+  local key = p .. 'n:' .. node
+  local record = redis.call('HMGET', key, 'incarnation', 'left', 'cordon', 'cordon_by')
+  if not record[1] or record[2] == '1' then return 'NONE' end
+  local cordoned = (record[3] or '') ~= ''
+  if by == 'autoscaler' and cordoned and record[4] ~= by then return 'KEPT' end
+  uncordon(key)
+  if mode ~= '' then
+    local now = now_ms()
+    redis.call('HSET', key, 'cordon', mode, 'cordon_by', by, 'cordoned', now,
+      'deadline', args[4] ~= '' and now + math.floor(tonumber(args[4]) * SECOND) or '', 'remove', args[5])
+  end
+  redis.call('PUBLISH', p .. 'wake:' .. node, 'node')
+  redis.call('PUBLISH', p .. 'ctl', 'plan')
+  return 'OK'
+end
+
 -- node, incarnation, info: a new incarnation ends all that earlier ones held. One that was replaced does not come back: a
 -- registration may be sent twice, and its repeat arrive after the next agent's.
 local function register(keys, args)
   local p, node, incarnation = keys[1], args[1], args[2]
   local key = p .. 'n:' .. node
-  local record = redis.call('HMGET', key, 'incarnation', 'fenced', 'past')
+  local record = redis.call('HMGET', key, 'incarnation', 'fenced', 'past', 'cordon_by', 'left', 'remove')
   if record[2] == incarnation then return 'FENCED' end
   if record[1] ~= incarnation then
     local past = record[3] or ''
     if string.find(past, incarnation .. ' ', 1, true) then return 'FENCED' end
     if record[1] then past = string.sub(record[1] .. ' ' .. past, 1, PAST_BYTES) end
-    close_all_of(p, node, 'AgentRestarted', now_ms())
-    redis.call('HSET', key, 'past', past)
+    local now = now_ms()
+    close_all_of(p, node, 'AgentRestarted', now)
+    redis.call('HSET', key, 'past', past, 'registered', now)
+    -- An operator's cordon is about the node. The autoscaler's was about a removal, and so was one that has taken place.
+    if record[4] == 'autoscaler' or (record[5] == '1' and record[6] == '1') then uncordon(key) end
   end
   redis.call('HSET', key, 'incarnation', incarnation, 'info', args[3], 'left', '', 'gone', '')
   redis.call('HINCRBY', key, 'beat', 1)
@@ -122,13 +169,16 @@ local function register(keys, args)
 end
 
 -- node, incarnation, then (slot, i|b) …: {word, slot, word, slot …}; the first word is OK or FENCED.
--- Words about a slot: fenced, work, close, drain, preempt, cancel:ID.
+-- Words about a slot: fenced, work, close, drain, preempt, cancel:ID. About the node (slot ""): cordoned, leave.
 local function beat(keys, args)
   local p, node, incarnation = keys[1], args[1], args[2]
   if not node_holds(p, node, incarnation) then return { 'FENCED' } end
   redis.call('HINCRBY', p .. 'n:' .. node, 'beat', 1)
   local reply = { 'OK' }
   local function tell(slot, word) reply[#reply + 1] = slot; reply[#reply + 1] = word end
+  local state = redis.call('HMGET', p .. 'n:' .. node, 'cordon', 'remove')
+  if (state[1] or '') ~= '' then tell('', 'cordoned') end
+  if state[2] == '1' and redis.call('SCARD', p .. 'ns:' .. node) == 0 then tell('', 'leave') end
   for i = 3, #args, 2 do
     local slot = args[i]
     local record = redis.call('HMGET', p .. 's:' .. slot, 'status', 'incarnation', 'flag', 'shape')
@@ -174,10 +224,10 @@ local function leave(keys, args)
   return 'OK'
 end
 
--- holder, token, beat, step: read | take (only from what was seen) | renew | resign. Returns {word, token, beat, holder}.
+-- holder, token, beat, step, role: read | take (only from what was seen) | renew | resign. Returns {word, token, beat, holder}.
 local function lead(keys, args)
   local p, holder, token, seen, step = keys[1], args[1], args[2], args[3], args[4]
-  local key = p .. 'leader'
+  local key = p .. 'leader' .. (args[5] ~= '' and ':' .. args[5] or '')
   local record = redis.call('HMGET', key, 'token', 'beat', 'holder')
   local current = { token = record[1] or '0', beat = record[2] or '0', holder = record[3] or '' }
   local word = 'NO'
@@ -207,6 +257,36 @@ local function planned(keys, args)
   redis.call('HSET', p .. 'leader', 'held', args[2])
   for i = 3, #args, 2 do redis.call('HSET', p .. 'sh:' .. args[i], 'wake_at', args[i + 1]) end
   return 'OK'
+end
+
+-- shape, its canonical JSON, slots, seconds: so many slots are to be open for so long although nothing waits. 0: no more.
+local function warm(keys, args)
+  local p, shape = keys[1], args[1]
+  redis.call('HSET', p .. 'shapes', shape, args[2])
+  redis.call('HSET', p .. 'sh:' .. shape, 'warm', args[3], 'warm_until', now_ms() + math.floor(tonumber(args[4]) * SECOND))
+  redis.call('SADD', p .. 'active', shape)
+  redis.call('PUBLISH', p .. 'ctl', 'plan')
+  return 'OK'
+end
+
+-- shapes …: their idle slots are to close, and no more are kept warm.
+local function unload(keys, args)
+  local p, now = keys[1], now_ms()
+  for _, shape in ipairs(args) do
+    if redis.call('SISMEMBER', p .. 'active', shape) == 1 then
+      redis.call('HDEL', p .. 'sh:' .. shape, 'warm', 'warm_until')
+      redis.call('HSET', p .. 'sh:' .. shape, 'unload', now)
+    end
+  end
+  redis.call('PUBLISH', p .. 'ctl', 'plan')
+  return 'OK'
+end
+
+-- token, decision (JSON), how many are kept: the autoscaler's journal. Its id, or STALE.
+local function journal(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1], 'autoscaler') then return 'STALE' end
+  return redis.call('XADD', p .. 'journal', 'MAXLEN', '~', args[3], '*', 'd', args[2])
 end
 
 -- Forgets nodes that left or were lost before a time, and hold nothing.
@@ -248,6 +328,11 @@ end
 
 redis.register_function { function_name = 'ry_request', callback = request, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_open', callback = open, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_open_direct', callback = open_direct, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_cordon', callback = cordon, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_warm', callback = warm }
+redis.register_function { function_name = 'ry_unload', callback = unload, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_journal', callback = journal, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_close', callback = close, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_fence', callback = fence, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_drop', callback = drop, flags = { 'allow-oom' } }

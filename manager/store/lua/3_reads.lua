@@ -1,7 +1,7 @@
 -- Snapshots: what controller and API look at. They change nothing but the marks that belong to looking.
 
 local SLOT_FIELDS = { 'shape', 'status', 'node', 'incarnation', 'devices', 'flag', 'requested', 'opened', 'idle', 'served',
-  'token' }
+  'token', 'kind', 'memory' }
 
 local function slots_of(p)
   local slots = {}
@@ -15,29 +15,34 @@ local function slots_of(p)
   return slots
 end
 
-local function queues_of(p, looked)
+local function queues_of(p, looked, now)
   local queues = {}
   for _, shape in ipairs(redis.call('SMEMBERS', p .. 'active')) do
     local depth = redis.call('ZCARD', p .. 'q:' .. shape)
-    if looked and depth == 0 and redis.call('SCARD', p .. 'ss:' .. shape) == 0 then
+    local said = redis.call('HMGET', p .. 'sh:' .. shape, 'run_ms', 'unload', 'warm', 'warm_until')
+    local warm = (tonumber(said[4] or '0') or 0) > now and tonumber(said[3]) or 0
+    if looked and depth == 0 and warm == 0 and redis.call('SCARD', p .. 'ss:' .. shape) == 0 then
       redis.call('SREM', p .. 'active', shape)
-      redis.call('HDEL', p .. 'sh:' .. shape, 'asked', 'wake_at')
+      redis.call('HDEL', p .. 'sh:' .. shape, 'asked', 'wake_at', 'unload', 'warm', 'warm_until')
     else
       if looked then redis.call('HDEL', p .. 'sh:' .. shape, 'asked') end
       local head = redis.call('ZRANGE', p .. 'q:' .. shape, 0, 0, 'WITHSCORES')
       local queued = head[1] and redis.call('HGET', p .. 't:' .. head[1], 'queued') or ''
       queues[#queues + 1] = { shape, redis.call('HGET', p .. 'shapes', shape) or '', depth, head[2] or '', queued,
-        redis.call('HGET', p .. 'sh:' .. shape, 'run_ms') or '' }
+        said[1] or '', warm, said[2] or '' }
     end
   end
   return queues
 end
 
+local NODE_FIELDS = { 'incarnation', 'beat', 'info', 'fenced', 'left', 'registered', 'cordon', 'cordon_by', 'cordoned',
+  'deadline', 'remove' }
+
 local function nodes_of(p)
   local nodes = {}
   for _, node in ipairs(redis.call('SMEMBERS', p .. 'nodes')) do
-    local row = redis.call('HMGET', p .. 'n:' .. node, 'incarnation', 'beat', 'info', 'fenced', 'left')
-    for i = 1, 5 do row[i] = row[i] or '' end
+    local row = redis.call('HMGET', p .. 'n:' .. node, unpack(NODE_FIELDS))
+    for i = 1, #NODE_FIELDS do row[i] = row[i] or '' end
     local heart = redis.call('HMGET', p .. 'hb:' .. node, 'uses', 'seen', 'address')
     for i = 1, 3 do row[#row + 1] = heart[i] or '' end
     table.insert(row, 1, node)
@@ -49,7 +54,8 @@ end
 -- look ("1": the controller, which takes note of what asked for it; "0": anybody): {now, queues, slots, nodes}.
 local function state(keys, args)
   local p = keys[1]
-  return { now_ms(), queues_of(p, args[1] == '1'), slots_of(p), nodes_of(p) }
+  local now = now_ms()
+  return { now, queues_of(p, args[1] == '1', now), slots_of(p), nodes_of(p) }
 end
 
 local LIST_FIELDS = { 'state', 'function', 'attempt', 'shape', 'node', 'created', 'queued', 'started', 'finished',

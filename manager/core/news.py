@@ -1,0 +1,65 @@
+"""What the leader tells the scheduler plugin each round: facts that the store has and Dask has not."""
+
+from typing import Final
+
+import msgspec
+
+from manager.core.lifecycle import Cordon, SlotKind, SlotStatus
+from manager.core.model import ClusterState
+
+QUEUES_MAX: Final = 100
+"""Shapes that are told: the deepest queues; the dashboard shows no more."""
+
+
+class QueueNews(msgspec.Struct, frozen=True):
+    """One shape that has work or slots. `oldest_wait_s` is None where none waits."""
+
+    shape_id: str
+    tenant: str
+    memory_bytes: int
+    gpus: int
+    depth: int
+    slots_open: int
+    slots_asked: int
+    running: int
+    oldest_wait_s: float | None = None
+
+
+class News(msgspec.Struct, frozen=True):
+    """All of it; the next news replaces these.
+
+    Attributes:
+        cordoned: nodes on which nothing new is placed.
+        queues: the deepest first.
+    """
+
+    cordoned: tuple[str, ...] = ()
+    queues: tuple[QueueNews, ...] = ()
+
+
+def news_of(state: ClusterState) -> News:
+    """What one look at the store says."""
+    by_shape: dict[str, list[int]] = {queue.shape_id: [0, 0, 0] for queue in state.queues}
+    for slot in state.slots:
+        if slot.kind is SlotKind.TASKS and (counts := by_shape.get(slot.shape_id)) is not None:
+            counts[0 if slot.status is SlotStatus.OPEN else 1] += 1
+            counts[2] += slot.running
+    queues = [
+        QueueNews(
+            shape_id=queue.shape_id,
+            tenant=queue.shape.tenant,
+            memory_bytes=queue.shape.memory_bytes,
+            gpus=queue.shape.gpus,
+            depth=queue.depth,
+            slots_open=by_shape[queue.shape_id][0],
+            slots_asked=by_shape[queue.shape_id][1],
+            running=by_shape[queue.shape_id][2],
+            oldest_wait_s=None if queue.head_queued_ms is None else max(0, state.now_ms - queue.head_queued_ms) / 1000,
+        )
+        for queue in sorted(state.queues, key=lambda queue: (-queue.depth, queue.shape_id))[:QUEUES_MAX]
+    ]
+    return News(tuple(row.node for row in state.nodes if row.cordon is not Cordon.NONE), tuple(queues))
+
+
+encode_news = msgspec.json.Encoder().encode
+decode_news = msgspec.json.Decoder(News).decode
