@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -18,7 +19,7 @@ from manager.client_errors import TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_wire import Wire, segment
 from manager.core import answers
 from manager.core import requests as rest
-from manager.core.errors import RocyardError
+from manager.core.errors import BadRequest, RocyardError
 from manager.core.explain import Explanation
 from manager.core.lifecycle import FINAL, TaskStatus
 from manager.settings import Secret
@@ -115,9 +116,9 @@ class Client:
         self._wire = Wire(address, transport)
 
     @classmethod
-    def at(cls, url: str, api_key: str) -> Self:
-        """A client of the cluster at `url`."""
-        return cls(ClusterAddress(url.rstrip("/"), Secret(api_key), "arguments", "arguments"))
+    def at(cls, url: str, api_key: str, ca: str = "") -> Self:
+        """A client of the cluster at `url`; `ca` as in `ClusterAddress`."""
+        return cls(ClusterAddress(url.rstrip("/"), Secret(api_key), "arguments", "arguments", ca))
 
     def __enter__(self) -> Self:
         return self
@@ -266,6 +267,99 @@ class Client:
         """The cluster at this moment."""
         return self._wire.get("/v1/cluster/status", answers.ClusterView)
 
+    def autoscaler(self) -> answers.AutoscalerView:
+        """What the autoscaler may do, and what it decided last."""
+        return self._wire.get("/v1/autoscaler", answers.AutoscalerView)
+
+    def decisions(self, limit: int | None = None) -> Iterator[answers.DecisionView]:
+        """Decisions of the autoscaler, newest first, page by page as they are asked for.
+
+        Args:
+            limit: at most so many; None is all that are kept.
+        """
+        query: dict[str, str] = {}
+        left = limit
+        while left is None or left > 0:
+            query["limit"] = str(rest.PAGE_MAX if left is None else min(left, rest.PAGE_MAX))
+            page = self._wire.get("/v1/autoscaler/decisions", answers.DecisionList, query)
+            yield from page.decisions
+            if page.next_cursor is None:
+                return
+            query["before"] = page.next_cursor
+            left = None if left is None else left - len(page.decisions)
+
+    # --- nodes and slots, for who runs the cluster ---------------------------------------------------------------
+
+    def worker(self, node: str) -> answers.WorkerView:
+        """One node.
+
+        Raises:
+            NotFound: there is none of that name; its message names near ones.
+        """
+        return self._wire.get(_node(node), answers.WorkerView)
+
+    def cordon(self, node: str) -> answers.WorkerView:
+        """Have nothing new placed on a node; what is open there goes on. For admins, as the next three."""
+        return self._wire.post(f"{_node(node)}/cordon", b"", answers.WorkerView)
+
+    def uncordon(self, node: str) -> answers.WorkerView:
+        """Have a node take on work again."""
+        return self._wire.post(f"{_node(node)}/uncordon", b"", answers.WorkerView)
+
+    def drain(self, node: str, deadline: float | str | None = None, *, remove: bool = False) -> answers.WorkerView:
+        """Empty a node: nothing new is placed there, and its slots end at their next task boundary. Returns at once.
+
+        Args:
+            node: its name.
+            deadline: seconds or a text such as "5m"; what still runs then goes back to the queue. None: it is waited for.
+            remove: whether its agent ends for good once it is empty.
+        """
+        body = msgspec.json.encode(rest.DrainRequest(deadline, remove))
+        return self._wire.post(f"{_node(node)}/drain", body, answers.WorkerView)
+
+    def remove_worker(self, node: str, deadline: float | str | None = None) -> answers.WorkerView:
+        """Drain a node and have its agent end for good; it then is in no list any more."""
+        query = {} if deadline is None else {"deadline": str(deadline)}
+        return self._wire.delete(_node(node), answers.WorkerView, query)
+
+    def warm(
+        self,
+        function: str | None = None,
+        *,
+        slots: int = 1,
+        for_: float | str,
+        memory: int | str | None = None,
+        gpus: int | None = None,
+        tenant: str | None = None,
+    ) -> answers.WarmView:
+        """Keep slots open although nothing waits for them, so that the next tasks find them started and loaded.
+
+        Args:
+            function: for whose tasks.
+            slots: how many; 0: no more than work asks for.
+            for_: for how long, seconds or a text such as "10m".
+            memory, gpus: of each slot; None takes the function's.
+            tenant: whose, where they are another one's; for admins.
+        """
+        resources = rest.ResourceRequest(memory, gpus)
+        request = rest.WarmRequest(for_=for_, function=function, resources=resources, slots=slots)
+        return self._wire.post("/v1/slots/warm", msgspec.json.encode(request), answers.WarmView, _of(tenant))
+
+    def unload(
+        self,
+        function: str | None = None,
+        *,
+        all: bool = False,  # noqa: A002 -- as the API calls it
+        memory: int | str | None = None,
+        gpus: int | None = None,
+        tenant: str | None = None,
+    ) -> answers.Unloaded:
+        """Close idle slots now: those for a function, those of a size, or all of the tenant."""
+        request = rest.UnloadRequest(function, rest.ResourceRequest(memory, gpus), all)
+        return self._wire.post("/v1/slots/unload", msgspec.json.encode(request), answers.Unloaded, _of(tenant))
+
+    # --- keys ---------------------------------------------------------------------------------------------------
+
     def create_key(self, tenant: str, scope: rest.KeyScope = rest.KeyScope.USER) -> answers.KeyCreated:
         """Make an API key; its text is in the answer and nowhere else. For admins."""
         body = msgspec.json.encode(rest.KeyRequest(tenant=tenant, scope=scope))
@@ -278,6 +372,10 @@ class Client:
     def revoke_key(self, key_id: str) -> answers.KeyView:
         """End a key. For admins."""
         return self._wire.delete(f"/v1/keys/{segment(key_id)}", answers.KeyView)
+
+    def join(self) -> answers.JoinView:
+        """What a node agent on another machine needs, the store's passwords among it. For admins."""
+        return self._wire.get("/v1/join", answers.JoinView)
 
 
 def result_of(view: answers.TaskView) -> Any:
@@ -315,6 +413,12 @@ def _batches(requests: Iterable[rest.TaskRequest]) -> Iterator[bytes]:
 
 def _path(task: TaskLike) -> str:
     return f"/v1/tasks/{segment(task if isinstance(task, str) else task.task_id)}"
+
+
+def _node(node: str) -> str:
+    if not node or "/" in node or not node.strip("."):
+        raise BadRequest(f"{node[:80]!r} names no node.")
+    return f"/v1/workers/{quote(node, safe='')}"
 
 
 def _of(tenant: str | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from manager.settings import Secret, Settings
 
 URL_VARIABLE: Final = "ROCYARD_URL"
 KEY_VARIABLE: Final = "ROCYARD_API_KEY"
+CA_VARIABLE: Final = "ROCYARD_CA"
 FOLDER_VARIABLE: Final = "ROCYARD_DATA_DIR"
 FILE_NAME: Final = "client.json"
 FILE_BYTES_MAX: Final = 64 * 1024
@@ -26,6 +27,7 @@ class ClientFile(msgspec.Struct, frozen=True):
 
     url: str
     api_key: str
+    ca: str = ""
 
 
 class ClusterAddress(msgspec.Struct, frozen=True):
@@ -35,12 +37,14 @@ class ClusterAddress(msgspec.Struct, frozen=True):
         url: without a slash at its end.
         source: where the URL came from, for messages.
         key_source: where the key came from.
+        ca: path of the certificate of the authority that an https cluster must be of. Empty: one that this machine trusts.
     """
 
     url: str
     api_key: Secret
     source: str
     key_source: str
+    ca: str = ""
 
 
 def client_file(data_dir: str) -> Path:
@@ -49,15 +53,16 @@ def client_file(data_dir: str) -> Path:
 
 
 def find_cluster(
-    url: str | None, api_key: str | None, variables: Mapping[str, str], data_dir: str | None = None
+    url: str | None, api_key: str | None, variables: Mapping[str, str], data_dir: str | None = None, ca: str | None = None
 ) -> ClusterAddress:
     """The cluster to talk to.
 
     Args:
         url: wins where it is given.
         api_key: as `url`.
-        variables: the environment, read for ROCYARD_URL, ROCYARD_API_KEY and ROCYARD_DATA_DIR.
+        variables: the environment, read for ROCYARD_URL, ROCYARD_API_KEY, ROCYARD_CA and ROCYARD_DATA_DIR.
         data_dir: the folder of the local cluster, where the settings name one.
+        ca: as `url`.
 
     Raises:
         SettingsError: nothing was found, or only half of it; says what to do.
@@ -66,8 +71,9 @@ def find_cluster(
     key_source = "arguments" if api_key else KEY_VARIABLE
     url = url or variables.get(URL_VARIABLE) or ""
     api_key = api_key or variables.get(KEY_VARIABLE) or ""
+    ca = ca or variables.get(CA_VARIABLE) or ""
     if url and api_key:
-        return ClusterAddress(_checked(url), Secret(api_key), source, key_source)
+        return ClusterAddress(_checked(url), Secret(api_key), source, key_source, ca or _known_ca(url, data_dir, variables))
     path = client_file(data_dir or variables.get(FOLDER_VARIABLE) or Settings().data_dir)
     found = _read(path)
     if not url:
@@ -77,10 +83,19 @@ def find_cluster(
                 f"{KEY_VARIABLE}."
             )
         key_source = key_source if api_key else str(path)
-        return ClusterAddress(_checked(found.url), Secret(api_key or found.api_key), str(path), key_source)
+        return ClusterAddress(_checked(found.url), Secret(api_key or found.api_key), str(path), key_source, ca or found.ca)
     if found is not None and _checked(found.url) == _checked(url):
-        return ClusterAddress(_checked(url), Secret(found.api_key), source, str(path))
+        return ClusterAddress(_checked(url), Secret(found.api_key), source, str(path), ca or found.ca)
     raise SettingsError(f"No API key for {url}: set {KEY_VARIABLE} (an admin makes keys with 'rocyard keys create').")
+
+
+def _known_ca(url: str, data_dir: str | None, variables: Mapping[str, str]) -> str:
+    """The authority of the local cluster, where `url` is that one's; a file that cannot be read says nothing here."""
+    try:
+        found = _read(client_file(data_dir or variables.get(FOLDER_VARIABLE) or Settings().data_dir))
+    except SettingsError:
+        return ""
+    return found.ca if found is not None and found.url == _checked(url) else ""
 
 
 def _checked(url: str) -> str:

@@ -5,6 +5,7 @@ Only GETs are sent again: a POST whose answer was lost may have been accepted, a
 
 import random
 import re
+import ssl
 import time
 from collections.abc import Mapping
 from typing import Final, TypeVar
@@ -13,9 +14,10 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from manager.client_address import ClusterAddress
+from manager.client_address import CA_VARIABLE, ClusterAddress
 from manager.client_errors import ClusterUnreachable, UnexpectedAnswer, error_of
-from manager.core.errors import BadRequest, Unauthorized
+from manager.core.errors import BadRequest, SettingsError, Unauthorized
+from manager.tls import client_context
 
 ANSWER_S: Final = 15.0
 """Longest wait for an answer: over the store's deadline on the server, so that its words arrive and not our timeout."""
@@ -43,6 +45,7 @@ class Wire:
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=CONNECTIONS_MAX, keepalive_expiry=IDLE_CONNECTION_S),
             transport=transport,
+            verify=_trusted(address),
             # A proxy of the environment cannot know our loopback.
             trust_env=urlsplit(address.url).hostname not in {"127.0.0.1", "::1", "localhost"},
         )
@@ -51,9 +54,9 @@ class Wire:
         """POST once."""
         return self._once("POST", path, body, kind, query)
 
-    def delete(self, path: str, kind: type[T]) -> T:
+    def delete(self, path: str, kind: type[T], query: Mapping[str, str] | None = None) -> T:
         """DELETE once."""
-        return self._once("DELETE", path, b"", kind, None)
+        return self._once("DELETE", path, b"", kind, query)
 
     def _once(self, method: str, path: str, body: bytes, kind: type[T], query: Mapping[str, str] | None) -> T:
         headers = {"Content-Type": "application/json"} if body else {}
@@ -106,6 +109,12 @@ class Wire:
         raise refusal
 
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachable:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            believed = self.address.ca or "an authority that this machine trusts"
+            return ClusterUnreachable(
+                f"{self.address.url} is not believed: its certificate is none of {believed} for that name ({_words(error)}). "
+                f"Set {CA_VARIABLE} to the path of the cluster's ca.pem, and name it by what its certificate is for."
+            )
         return ClusterUnreachable(
             f"No cluster answers at {self.address.url} ({_words(error)}; the address is from {self.address.source}). "
             "Start one with 'rocyard up', or set ROCYARD_URL."
@@ -114,6 +123,15 @@ class Wire:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+
+def _trusted(address: ClusterAddress) -> ssl.SSLContext | bool:
+    if not address.ca or not address.url.startswith("https://"):
+        return True
+    try:
+        return client_context(address.ca)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{address.ca} is no certificate of an authority ({error}): set {CA_VARIABLE} to one") from None
 
 
 def segment(text: str) -> str:

@@ -4,28 +4,35 @@ import asyncio
 import signal
 
 import dask.config
+from distributed import Security
 from distributed.scheduler import Scheduler
 
 from manager.core.errors import StartError
 from manager.log import configure_logging, get_logger
 from manager.settings import Settings
+from manager.tls import Role, TlsFiles, dask_security, tls_files
+from plugins.dashboard import register_page
 from plugins.scheduler import PlacementPlugin
 
 log = get_logger("rocyard.scheduler")
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, files: TlsFiles | None) -> None:
     """Run until SIGTERM.
 
     Raises:
         StartError: a port is taken, or the plugin did not load: without it GPU work would run anywhere.
     """
+    register_page()  # before the dashboard starts, with the scheduler
     scheduler = Scheduler(
         host=settings.dask.host,
         port=settings.dask.port,
         dashboard_address=f"{settings.dask.host}:{settings.dask.dashboard_port}",
         dashboard=True,
-        preload=["plugins.scheduler"],
+        preload=["plugins.scheduler", "plugins.dashboard"],
+        # With these it listens on tls:// alone, and takes nobody without a certificate of the cluster's CA.
+        protocol="tcp://" if files is None else "tls://",
+        security=None if files is None else Security(**dask_security(files, "scheduler")),
     )
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -40,6 +47,15 @@ async def serve(settings: Settings) -> None:
 def run(settings: Settings) -> int:
     """The process's main function."""
     configure_logging("scheduler", settings.log)
+    files = tls_files(settings.tls, Role.SCHEDULER)
+    if files is not None:
+        # The dashboard, with /metrics: no certificate is asked for there, so that browsers can come.
+        dask.config.set(
+            {
+                "distributed.scheduler.dashboard.tls.cert": files.certificate,
+                "distributed.scheduler.dashboard.tls.key": files.key,
+            }
+        )
     dask.config.set(
         {
             "distributed.scheduler.no-workers-timeout": None,
@@ -52,7 +68,7 @@ def run(settings: Settings) -> int:
             "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": _origins(settings),
         }
     )
-    asyncio.run(serve(settings))
+    asyncio.run(serve(settings, files))
     return 0
 
 

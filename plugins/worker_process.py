@@ -9,11 +9,13 @@ import sys
 
 import dask.config
 import msgspec
+from distributed import Security
 from distributed.worker import Worker
 
 from manager.lifeline import die_with_parent
 from manager.log import configure_logging
 from manager.store.store import connect
+from manager.tls import dask_security
 from plugins.node.link import AgentLink
 from plugins.node.worker_config import WorkerConfig
 from plugins.worker import RocyardWorkerPlugin, attach
@@ -34,6 +36,8 @@ async def run(config: WorkerConfig) -> None:
         dashboard_address=f"{config.host}:0",
         dashboard=False,  # its /metrics is served all the same; bokeh would double the start and the memory
         plugins=(plugin,),
+        protocol="tcp://" if config.tls is None else "tls://",
+        security=None if config.tls is None else Security(**dask_security(config.tls, "worker")),
     )
     attach(worker, plugin)
     loop = asyncio.get_running_loop()
@@ -49,6 +53,14 @@ def main() -> int:
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerConfig)
     die_with_parent(config.parent_pid)
     configure_logging("worker", config.log)
+    if config.tls is not None:
+        # Dask has one setting for the HTTP servers of all its processes.
+        dask.config.set(
+            {
+                "distributed.scheduler.dashboard.tls.cert": config.tls.certificate,
+                "distributed.scheduler.dashboard.tls.key": config.tls.key,
+            }
+        )
     dask.config.set(
         {
             # Back-off of Dask's connect grows with the outage; a short timeout makes it start afresh each second.

@@ -17,6 +17,7 @@ HEAD_BYTES_MAX: Final = 16 * 1024
 """Request line and headers: a key has 62 bytes, and no cookie is used."""
 HEAD_S_MAX: Final = 10.0
 """From the connection, or the first byte of a request, to the end of its head."""
+GOODBYE_S: Final = 1.0
 CONNECTIONS_MAX: Final = 1024
 """Twice the requests in hand: most of a connection's life is idle."""
 _REASONS: Final = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large",
@@ -49,6 +50,9 @@ class JoinedWrites:
     def close(self) -> None:
         self._flush()
         self._transport.close()
+        if self._transport.get_extra_info("sslcontext") is not None:
+            # With TLS both sides say goodbye. A client with an idle connection does not listen, and would hold up our end.
+            self._loop.call_later(GOODBYE_S, self._transport.abort)
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()

@@ -5,6 +5,8 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
+import time
 from collections.abc import Generator
 from typing import Final
 
@@ -15,11 +17,13 @@ import uvloop
 from manager.api.app import Api, create_app
 from manager.api.cluster import VERSION
 from manager.api.protocol import LimitedProtocol
+from manager.core.addresses import in_url, is_wildcard
 from manager.core.errors import SettingsError, StartError, StoreUnavailable
 from manager.log import configure_logging, get_logger
 from manager.settings import Settings
 from manager.store import Store
 from manager.store.store import connect
+from manager.tls import Role, server_context, tls_files
 
 GRACE_S: Final = 10
 """How long requests in hand may take after SIGTERM; those that wait for a task are answered at once."""
@@ -39,6 +43,7 @@ class _Service(msgspec.Struct, frozen=True):
     url: str
     metrics_url: str
     version: str
+    at_ms: int
 
 
 class Server(uvicorn.Server):
@@ -47,27 +52,29 @@ class Server(uvicorn.Server):
     Args:
         api: the application.
         listener: a bound socket.
+        secure: for TLS, and then for nothing else.
     """
 
-    def __init__(self, api: Api, listener: socket.socket) -> None:
+    def __init__(self, api: Api, listener: socket.socket, secure: ssl.SSLContext | None = None) -> None:
         self.api = api
         self.listener = listener
-        super().__init__(
-            uvicorn.Config(
-                api,
-                http=LimitedProtocol,
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=GRACE_S,
-                backlog=BACKLOG,
-            )
+        config = uvicorn.Config(
+            api,
+            http=LimitedProtocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=GRACE_S,
+            backlog=BACKLOG,
         )
+        config.load()
+        config.ssl = secure  # not by the names of files: uvicorn would take older versions of TLS too
+        super().__init__(config)
 
     async def run_until_stopped(self) -> None:
         """Serve until `should_exit` is set."""
@@ -106,10 +113,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
-    """Where the API answers."""
+def url_of(listener: socket.socket, *, secure: bool = False) -> str:
+    """Where the API answers; every address goes by this machine's name."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    named = socket.gethostname() if is_wildcard(host) else host
+    return f"{'https' if secure else 'http'}://{in_url(named)}:{port}"
 
 
 def build_server(settings: Settings, listener: socket.socket) -> Server:
@@ -125,7 +133,8 @@ def build_server(settings: Settings, listener: socket.socket) -> Server:
     def connected(name: str) -> Store:
         return connect(url, settings.store.deadline_s, name)
 
-    return Server(create_app(settings, connected), listener)
+    files = tls_files(settings.tls, Role.API)
+    return Server(create_app(settings, connected), listener, None if files is None else server_context(files))
 
 
 async def run(settings: Settings, listener: socket.socket) -> None:
@@ -139,7 +148,8 @@ async def run(settings: Settings, listener: socket.socket) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    registering = asyncio.create_task(_keep_registered(server.api.store, url_of(listener)))
+    url = url_of(listener, secure=server.config.ssl is not None)
+    registering = asyncio.create_task(_keep_registered(server.api.store, url))
     try:
         await server.run_until_stopped()
     finally:
@@ -155,7 +165,7 @@ def serve(settings: Settings) -> None:
     """
     configure_logging("api", settings.log)
     listener = bind(settings.api.host, settings.api.port)
-    log.info("the API starts", url=url_of(listener))
+    log.info("the API starts", url=url_of(listener, secure=bool(settings.tls.directory)))
     with contextlib.closing(listener):
         uvloop.run(run(settings, listener))
     log.info("the API has ended")
@@ -163,8 +173,8 @@ def serve(settings: Settings) -> None:
 
 async def _keep_registered(store: Store, url: str) -> None:
     host = socket.gethostname()
-    record = _Service(os.getpid(), host, url, f"{url}/metrics", VERSION)
     while True:
+        record = _Service(os.getpid(), host, url, f"{url}/metrics", VERSION, time.time_ns() // 1_000_000)
         with contextlib.suppress(StoreUnavailable):
             await store.put_service(f"api:{host}:{url.rpartition(':')[2]}", msgspec.json.encode(record))
         await asyncio.sleep(REGISTER_S)

