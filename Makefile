@@ -21,7 +21,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: run demo test lint soak bench clean help
+.PHONY: run demo test lint soak load coverage bench clean help
 .SILENT:
 .SUFFIXES:
 
@@ -43,6 +43,13 @@ lint: $(STAMPS)/test  ## ruff and mypy
 soak: $(STAMPS)/test  ## random deaths of schedulers and Dask workers, with other seeds (SEEDS="2 3 4")
 	for seed in $(or $(SEEDS),2 3 4 5 6); do \
 	  echo "seed $$seed"; $(BIN)/python -m pytest -q tests/integration/test_soak.py --soak-seed $$seed || exit 1; done
+
+load: $(STAMPS)/load  ## 20 s of load on the API of a cluster of its own (ARGS='--users 50 --run-time 60s' goes to locust)
+	exec $(BIN)/python tests/load/run.py $(ARGS)
+
+coverage: $(STAMPS)/test  ## which lines the tests of the parts run, those of started processes too; fails under the threshold
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov $(ARGS) tests/unit tests/contract tests/sim tests/integration
 
 bench: $(STAMPS)/bench  ## one benchmark: BENCH=http ARGS=--json
 	exec $(BIN)/python benchmarks/$(BENCH).py $(ARGS)
@@ -94,6 +101,9 @@ $(STAMPS)/demo: $(NEEDS)
 
 $(STAMPS)/test: $(NEEDS)
 	$(call install,test,test,torch)
+
+$(STAMPS)/load: $(NEEDS)
+	$(call install,load,load,)
 
 $(STAMPS)/bench: $(NEEDS)
 	$(call install,bench,bench,)

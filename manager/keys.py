@@ -84,6 +84,11 @@ def make_key(tenant: str, scope: KeyScope, now_ms: int) -> tuple[str, ApiKey]:
     return f"ry_{key_id}_{secret}", ApiKey(key_id, _digest(secret), tenant, scope, now_ms)
 
 
+def fixed_key(text: str) -> ApiKey:
+    """The record of a key that the settings fix: it stands in no store, and is checked like all others."""
+    return ApiKey("settings", _digest(text), "default", KeyScope.ADMIN, 0)
+
+
 def verify(record: ApiKey | None, secret: str) -> bool:
     """Whether `secret` is that of `record` and the key is in force. Takes the same time where there is no record."""
     right = hmac.compare_digest(_digest(secret), _NOBODY if record is None else record.digest)

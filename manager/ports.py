@@ -25,15 +25,23 @@ def free_port(host: str) -> int:
 
 def holder(port: int) -> str:
     """Who listens on `port`, for people: ``"pid 4711 (python app.py)"``; says so where it may not be seen."""
+    pid = holder_pid(port)
+    if pid is None:
+        return "a process that may not be seen"
+    try:
+        command = " ".join(psutil.Process(pid).cmdline())[:80]
+    except psutil.Error:
+        command = "gone"
+    return f"pid {pid} ({command})"
+
+
+def holder_pid(port: int) -> int | None:
+    """The process that listens on `port`; None where none does, or this user may not see which."""
     try:
         connections = psutil.net_connections("tcp")
     except psutil.AccessDenied:
-        return "a process that may not be seen"
+        return None
     for connection in connections:
         if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
-            try:
-                command = " ".join(psutil.Process(connection.pid).cmdline())[:80]
-            except psutil.Error:
-                command = "gone"
-            return f"pid {connection.pid} ({command})"
-    return "a process of another user"
+            return connection.pid
+    return None

@@ -38,6 +38,7 @@ class StoreSettings(_Section, frozen=True):
 
     url: Secret = Secret()
     worker_url: Secret = Secret()
+    host: str = "127.0.0.1"
     port: Port = 0
     deadline_s: Seconds = 3.0
 
@@ -83,6 +84,7 @@ class NodeSettings(_Section, frozen=True):
 
     name: str = ""
     group: str = ""
+    host: str = ""
     devices: Literal["auto", "amd", "nvidia", "simulated"] = "auto"
     simulate: str = "2x2:mi300x"
     simulated_node: Annotated[int, msgspec.Meta(ge=0)] = 0

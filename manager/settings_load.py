@@ -1,4 +1,4 @@
-"""Builds the settings: defaults, then YAML, ``.env``, ``ROCYARD_…`` variables and flags; the later wins.
+"""Builds the settings: defaults, then YAML, old names, ``.env``, ``ROCYARD_…`` variables and flags; the later wins.
 
 Owns how a value becomes a setting and how a mistake is told: every unknown key and every wrong value is reported at
 once, with the place where it stands and the nearest right name. It reads what it is given, starts nothing, and logs
@@ -17,7 +17,9 @@ import msgspec
 from msgspec import inspect
 
 from manager.core.errors import SettingsError
+from manager.core.packing import node_kind
 from manager.core.quantities import format_memory, parse_duration, parse_memory
+from manager.old_names import note_on, read_old_names
 from manager.settings import Secret, Settings
 from manager.settings_sources import (
     PREFIX,
@@ -38,6 +40,7 @@ SECRET_BYTES_MAX: Final = 64 * 1024
 PROBLEMS_MAX: Final = 20
 """More at once help nobody."""
 
+_API_KEY: Final = re.compile(r"[\x21-\x7e]{16,256}")
 _TARGET: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -79,10 +82,13 @@ def read_settings(path: Path | None, environ: Mapping[str, str], overrides: Mapp
     variables = {**dotenv, **environ}
     source = _yaml_path(path, variables)
     values: Values = read_yaml(source) if source else {}
+    old = read_old_names(dotenv, environ)
+    values |= old.values
     values |= read_variables(dotenv, ".env")
     values |= read_variables(environ, "environment")
     values |= read_flags(overrides)
     builder = _Builder(variables)
+    builder.problems += old.problems
     settings = builder.build(Settings, (), values)
     problems = builder.problems or _contradictions(settings)
     if problems:
@@ -90,6 +96,8 @@ def read_settings(path: Path | None, environ: Mapping[str, str], overrides: Mapp
         text = shown[0] if len(problems) == 1 else f"{len(problems)} settings are wrong:\n  - " + "\n  - ".join(shown)
         raise SettingsError(text, problems=tuple(shown))
     assert isinstance(settings, Settings)
+    if note := note_on(old, values):
+        builder.notes.append(note)
     return Loaded(settings, source, tuple(builder.notes))
 
 
@@ -170,6 +178,12 @@ class _Builder:
             self.problems.append(f"unknown setting '{'.'.join(path)}' ({origins[0].place}){near}")
 
     def _secret(self, path: SettingPath, origin: Origin) -> Secret:
+        secret = self._revealed(path, origin)
+        if path == ("api", "key") and secret.value and not _API_KEY.fullmatch(secret.value):
+            raise ValueError("must be 16 to 256 letters, digits and signs, without spaces: who has it may do everything")
+        return secret
+
+    def _revealed(self, path: SettingPath, origin: Origin) -> Secret:
         """The secret that `origin` holds or names. Messages never hold the value."""
         text = origin.value
         if not isinstance(text, str):
@@ -241,6 +255,16 @@ def _contradictions(settings: Settings) -> list[str]:
         problems.append("api.args_bytes_max is above api.body_bytes_max: no request could carry such arguments")
     if controller.term_s < 2 * controller.period_s:
         problems.append("controller.term_s must be at least twice controller.period_s, or a leader loses its term at work")
+    own = settings.autoscaler
+    if own.term_s < 2 * own.period_s:
+        problems.append("autoscaler.term_s must be at least twice autoscaler.period_s, or it loses its term at work")
+    for name, group in settings.groups.items():
+        try:
+            node_kind(group.devices)
+        except ValueError as error:
+            problems.append(f"groups.{name}.devices: {error}")
+        if group.workers_min > group.workers_max:
+            problems.append(f"groups.{name}.workers_min is above groups.{name}.workers_max")
     ports = {"api.port": api.port, "dask.port": dask.port, "dask.dashboard_port": dask.dashboard_port}
     taken: dict[int, str] = {}
     for name, port in ports.items():

@@ -22,13 +22,16 @@ RESERVED_VARIABLES: Final = frozenset(
         "ROCYARD_CONFIG",
         "ROCYARD_URL",
         "ROCYARD_API_KEY",
+        "ROCYARD_CA",
+        "ROCYARD_OLD_NAMES",
         "ROCYARD_TASK_ID",
         "ROCYARD_ATTEMPT",
         "ROCYARD_SIMULATED_DEVICES",
         "ROCYARD_SIMULATED_DIR",
     }
 )
-"""Variables with our prefix that are no settings: where the YAML lies, what the client reads, what a task finds."""
+"""Variables with our prefix that are no settings: where the YAML lies, what the client reads, what a task finds, and
+whether old names count."""
 
 FILE_BYTES_MAX: Final = 1024 * 1024
 """A thousand times a real settings file, and read in an instant."""
@@ -134,7 +137,7 @@ def read_variables(variables: Mapping[str, str], place: str) -> Values:
     """The settings among `variables`: ``ROCYARD_SECTION__KEY`` is ``section.key``. Names of others are left alone."""
     values: Values = {}
     for name, value in variables.items():
-        if not name.upper().startswith(PREFIX) or name in RESERVED_VARIABLES or _is_from_kubernetes(name, value):
+        if not name.upper().startswith(PREFIX) or name in RESERVED_VARIABLES or is_from_kubernetes(name, value):
             continue
         # A name in the wrong case keeps it, so that it is reported instead of taken for the right one.
         rest = name[len(PREFIX) :]
@@ -172,6 +175,11 @@ def kind_of(value: object) -> str:
             return f"a {type(value).__name__}"
 
 
+def is_from_kubernetes(name: str, value: str) -> bool:
+    """Whether Kubernetes put this variable there, for a service near the pod."""
+    return bool(_KUBERNETES_NAME.search(name) or (name.endswith("_PORT") and _KUBERNETES_VALUE.match(value)))
+
+
 def _read_file(path: Path) -> str:
     try:
         if not path.is_file():
@@ -194,7 +202,3 @@ def _flatten(mapping: dict[Any, Any], path: SettingPath, place: str) -> Iterator
             yield from _flatten(value, here, place)
         else:
             yield here, Origin(value, place, "yaml")
-
-
-def _is_from_kubernetes(name: str, value: str) -> bool:
-    return bool(_KUBERNETES_NAME.search(name) or (name.endswith("_PORT") and _KUBERNETES_VALUE.match(value)))

@@ -14,11 +14,12 @@ class Exit(enum.IntEnum):
     OK = 0
     FAILED = 1  # the task failed or was cancelled; or the command could not do what it was asked
     USAGE = 2  # a wrong option, argument or setting
-    NOT_FOUND = 3  # no such task, function or key
+    NOT_FOUND = 3  # no such task, function, node or key
     NOT_AUTHORISED = 4  # no valid key, or one without the right
     UNREACHABLE = 5  # the cluster, or its store, does not answer
     TIMED_OUT = 6  # the wait is over, the task is not
     REFUSED = 7  # understood, but not accepted: it could never fit, or a limit is reached
+    UNHEALTHY = 8  # `rocyard doctor` has found something that fails
     INTERRUPTED = 130  # Ctrl-C
 
 

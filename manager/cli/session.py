@@ -150,10 +150,13 @@ class Session:
     # --- what to work with --------------------------------------------------------------------------------------
 
     def settings(self) -> "Settings":
-        """The settings, checked."""
-        from manager.settings_load import load_settings
+        """The settings, checked; what a person should know of them is told."""
+        from manager.settings_load import read_settings
 
-        return load_settings(self.options.config, self.environ, dict(self.options.overrides))
+        loaded = read_settings(self.options.config, self.environ, dict(self.options.overrides))
+        for text in loaded.notes:
+            self.note(f"note: {text}")
+        return loaded.settings
 
     def data_dir(self) -> Path:
         """The folder of the local cluster. The settings are only read where there is a file that may name another."""
@@ -162,11 +165,15 @@ class Session:
         overrides = dict(self.options.overrides)
         named = "data_dir" in overrides or self.options.config or "ROCYARD_CONFIG" in self.environ
         if named or Path("rocyard.yaml").exists() or Path(".env").exists():
-            return Path(self.settings().data_dir).expanduser()
+            from manager.settings_load import load_settings
+
+            # No old name names this folder; what another program's .env says must not stop a command that only looks.
+            environ = {**self.environ, "ROCYARD_OLD_NAMES": "false"}
+            return Path(load_settings(self.options.config, environ, overrides).data_dir).expanduser()
         return Path(self.environ.get("ROCYARD_DATA_DIR") or Settings().data_dir).expanduser()
 
-    def address(self) -> "ClusterAddress":
-        """The cluster that is meant."""
+    def address(self, url: str | None = None, ca: str | None = None) -> "ClusterAddress":
+        """The cluster that is meant; a command that has an option of its own for it gives `url` and `ca`."""
         from manager.client_address import find_cluster
 
         variables: dict[str, str] = dict(self.environ)
@@ -174,7 +181,7 @@ class Session:
             from manager.settings_sources import read_dotenv
 
             variables = {**read_dotenv(Path(".env")), **variables}
-        return find_cluster(self.options.url, None, variables, str(self.data_dir()))
+        return find_cluster(url or self.options.url, None, variables, str(self.data_dir()), ca)
 
     def client(self) -> "Client":
         """A client of the cluster that is meant."""
