@@ -101,6 +101,8 @@ class ClusterRoutes:
             leader=snapshot.leader,
             store=StoreView(True, snapshot.fsync),
             services=views.services(await self._store.services()),
+            dependencies=snapshot.dependencies,
+            groups=views.groups(snapshot, self._settings.groups),
         )
         return Reply(200, _encode(view))
 

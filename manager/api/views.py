@@ -1,19 +1,37 @@
 """The cluster as people see it: from one look to workers, queues, slots and a list of what is wrong. Pure."""
 
+import re
 from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
 from manager.api.watch import Snapshot
-from manager.core.answers import DeviceView, QueueView, ServiceView, SlotView, TaskCounts, WorkerState, WorkerView
+from manager.core.answers import (
+    DependencyState,
+    DeviceView,
+    GroupView,
+    QueueView,
+    ServiceView,
+    SlotView,
+    TaskCounts,
+    WorkerState,
+    WorkerView,
+    utc_or_none,
+)
 from manager.core.devices import Device
 from manager.core.index import Pool
-from manager.core.lifecycle import SlotStatus, TaskStatus
-from manager.core.model import DeviceUse, NodeRow, QueueRow, SlotRow
+from manager.core.lifecycle import Cordon, SlotKind, SlotStatus, TaskStatus
+from manager.core.model import DeviceUse, NodeRow, SlotRow
 from manager.core.quantities import format_duration
+from manager.settings import GroupSettings
 
-READINGS_S_MAX = 30.0
+READINGS_S_MAX: Final = 30.0
 """Readings older than this are said to be old."""
+REFUSED_S_MAX: Final = 10.0
+"""An agent that is refused asks again each second: one that has not for so long is gone."""
+DASK_TENANT: Final = "dask"
+"""What stands for the tenant of slots that run Dask tasks; only admins see them."""
 
 
 class _Service(msgspec.Struct, frozen=True):
@@ -35,8 +53,17 @@ def task_counts(counts: Mapping[str, int]) -> TaskCounts:
 
 
 def workers(snapshot: Snapshot) -> tuple[WorkerView, ...]:
-    """Every node that has not left, by name."""
-    return tuple(_worker(row, snapshot) for row in snapshot.state.nodes)
+    """Every node that is known and was not removed, by name."""
+    return tuple(_worker(row, snapshot) for row in snapshot.state.nodes if not _is_removed(row))
+
+
+def worker(snapshot: Snapshot, node: str) -> WorkerView | None:
+    """One of them."""
+    return next((view for view in workers(snapshot) if view.node == node), None)
+
+
+def _is_removed(row: NodeRow) -> bool:
+    return row.remove and (row.left or row.fenced)
 
 
 def worker_state(row: NodeRow, snapshot: Snapshot) -> WorkerState:
@@ -47,7 +74,21 @@ def worker_state(row: NodeRow, snapshot: Snapshot) -> WorkerState:
         return WorkerState.LOST
     if row.node in snapshot.silent:
         return WorkerState.SILENT
-    return WorkerState.LIVE if row.address else WorkerState.NO_WORKER
+    if not row.address:
+        since_ms = row.registered_ms or 0
+        late = snapshot.store_now_ms() - since_ms > snapshot.registration_s * 1000
+        return WorkerState.NO_WORKER if late else WorkerState.REGISTERING
+    match row.cordon:
+        case Cordon.NONE:
+            return WorkerState.LIVE
+        case Cordon.CORDON:
+            return WorkerState.CORDONED
+        case Cordon.DRAIN:
+            return WorkerState.DRAINING if _slots_on(row.node, snapshot) else WorkerState.DRAINED
+
+
+def _slots_on(node: str, snapshot: Snapshot) -> list[SlotRow]:
+    return [slot for slot in snapshot.state.slots if slot.node == node]
 
 
 def queues(snapshot: Snapshot, tenant: str | None) -> tuple[QueueView, ...]:
@@ -70,6 +111,7 @@ def queues(snapshot: Snapshot, tenant: str | None) -> tuple[QueueView, ...]:
                 slots_opening=sum(1 for slot in slots if slot.status is SlotStatus.REQUESTED),
                 oldest_wait_s=None if since_ms is None else max(0, now_ms - since_ms) / 1000,
                 run_s=row.run_s,
+                slots_warm=row.warm,
             )
         )
     return tuple(found)
@@ -82,13 +124,16 @@ def slots(snapshot: Snapshot, tenant: str | None) -> tuple[SlotView, ...]:
     found: list[SlotView] = []
     for row in snapshot.state.slots:
         queue = shapes.get(row.shape_id)
-        if queue is not None and (tenant is None or queue.shape.tenant == tenant):
-            found.append(_slot(row, queue, now_ms))
+        if row.kind is SlotKind.DIRECT:
+            if tenant is None:
+                found.append(_slot(row, DASK_TENANT, row.memory_bytes, now_ms))
+        elif queue is not None and (tenant is None or queue.shape.tenant == tenant):
+            found.append(_slot(row, queue.shape.tenant, queue.shape.memory_bytes, now_ms))
     return tuple(found)
 
 
 def services(blobs: Mapping[str, bytes]) -> tuple[ServiceView, ...]:
-    """Processes that said where they are. A name is ``KIND`` or ``KIND:which one``."""
+    """Processes that said where they are. A name is ``KIND``, ``KIND/NODE`` or ``KIND:which one``."""
     found: list[ServiceView] = []
     for name, blob in sorted(blobs.items()):
         try:
@@ -98,12 +143,33 @@ def services(blobs: Mapping[str, bytes]) -> tuple[ServiceView, ...]:
         found.append(
             ServiceView(
                 name=name,
-                kind=name.partition(":")[0],
+                kind=re.split("[:/]", name)[0],
                 host=said.host,
                 pid=said.pid,
                 url=said.url,
                 metrics_url=said.metrics_url,
                 version=said.version,
+            )
+        )
+    return tuple(found)
+
+
+def groups(snapshot: Snapshot, known: Mapping[str, GroupSettings]) -> tuple[GroupView, ...]:
+    """Every group that the settings or a node name."""
+    rows = snapshot.live()
+    found: list[GroupView] = []
+    for name in sorted({*known, *(row.info.group for row in rows if row.info.group)}):
+        own = [row for row in rows if row.info.group == name]
+        settings = known.get(name)
+        found.append(
+            GroupView(
+                name=name,
+                workers=len(own),
+                starting=sum(1 for row in own if not row.address),
+                draining=sum(1 for row in own if row.cordon is Cordon.DRAIN),
+                provider="" if settings is None else settings.provider,
+                workers_min=None if settings is None else settings.workers_min,
+                workers_max=None if settings is None else settings.workers_max,
             )
         )
     return tuple(found)
@@ -124,6 +190,11 @@ def problems(snapshot: Snapshot, depth: int) -> tuple[str, ...]:
         )
     if snapshot.leader.beating is False:
         found.append(f"No controller leads{waiting}: no slots are opened or closed. Start one (rocyard up).")
+    states = {part.name: part.state for part in snapshot.dependencies}
+    if states["scheduler"] is DependencyState.DOWN:
+        found.append(f"The controller does not reach the Dask scheduler{waiting}: no new slot is placed; open ones go on.")
+    if states.get("autoscaler") is DependencyState.DOWN:
+        found.append("No autoscaler runs, though one has: no node is added or removed. Start one (rocyard autoscaler).")
     if not snapshot.live():
         found.append(f"No node lives{waiting}. Start one where the devices are (rocyard node).")
     for row in snapshot.state.nodes:
@@ -133,8 +204,14 @@ def problems(snapshot: Snapshot, depth: int) -> tuple[str, ...]:
             case WorkerState.LOST:
                 found.append(f"{row.node} was declared lost; it is used again when its agent registers anew.")
             case WorkerState.NO_WORKER:
-                found.append(f"The Dask worker of {row.node} does not report; its agent restarts it.")
-            case WorkerState.LEFT | WorkerState.LIVE:
+                limit = format_duration(snapshot.registration_s)
+                found.append(
+                    f"{row.node} has failed to register: its Dask worker has not reported within {limit} "
+                    "(node.registration_s). Its agent goes on starting it; its log says why it ends."
+                )
+            case WorkerState.CORDONED | WorkerState.DRAINING | WorkerState.DRAINED:
+                found += _cordon_problems(row, snapshot)
+            case WorkerState.LEFT | WorkerState.LIVE | WorkerState.REGISTERING:
                 pass
         if not row.left:
             sick = [use for use in row.uses if not use.healthy]
@@ -142,7 +219,24 @@ def problems(snapshot: Snapshot, depth: int) -> tuple[str, ...]:
             age_s = _age_s(row, snapshot)
             if row.address and age_s is not None and age_s > READINGS_S_MAX:
                 found.append(f"The readings of {row.node} are {format_duration(age_s)} old.")
+    for refusal in snapshot.state.refused:
+        if snapshot.store_now_ms() - refusal.at_ms < REFUSED_S_MAX * 1000:
+            found.append(f"Node {refusal.node} may not join: {refusal.problem}.")
     return tuple(found)
+
+
+def _cordon_problems(row: NodeRow, snapshot: Snapshot) -> list[str]:
+    """What somebody did on purpose is only told so that it is not forgotten; the autoscaler and agents do not forget."""
+    now_ms = snapshot.store_now_ms()
+    left = len(_slots_on(row.node, snapshot))
+    if left and row.deadline_ms is not None and now_ms - row.deadline_ms > READINGS_S_MAX * 1000:
+        over = format_duration((now_ms - row.deadline_ms) / 1000)
+        return [f"{row.node} should have been drained {over} ago, and has {left} slots: does its agent, or a controller, hang?"]
+    if row.cordon_by != "operator" or row.remove:
+        return []
+    since = "" if row.cordon_ms is None else f" for {format_duration(max(0, now_ms - row.cordon_ms) / 1000)}"
+    what = "cordoned" if row.cordon is Cordon.CORDON else "draining" if left else "drained"
+    return [f"{row.node} has been {what}{since}: nothing new is placed there until 'rocyard uncordon {row.node}'."]
 
 
 def _age_s(row: NodeRow, snapshot: Snapshot) -> float | None:
@@ -150,7 +244,7 @@ def _age_s(row: NodeRow, snapshot: Snapshot) -> float | None:
 
 
 def _worker(row: NodeRow, snapshot: Snapshot) -> WorkerView:
-    own = [slot for slot in snapshot.state.slots if slot.node == row.node]
+    own = _slots_on(row.node, snapshot)
     uses = {use.uuid: use for use in row.uses}
     view = snapshot.index.nodes.get(row.node)
     pools = view.pools if view is not None else {}
@@ -167,6 +261,12 @@ def _worker(row: NodeRow, snapshot: Snapshot) -> WorkerView:
             _device(device, pools.get(device.uuid), uses.get(device.uuid), row.info.reserve_bytes)
             for device in row.info.devices
         ),
+        group=row.info.group,
+        cordon=row.cordon.value,
+        cordoned_by=row.cordon_by,
+        cordoned_at=utc_or_none(row.cordon_ms),
+        deadline_at=utc_or_none(row.deadline_ms),
+        remove=row.remove,
     )
 
 
@@ -192,18 +292,19 @@ def _device(device: Device, pool: Pool | None, use: DeviceUse | None, reserve_by
     )
 
 
-def _slot(row: SlotRow, queue: QueueRow, now_ms: int) -> SlotView:
+def _slot(row: SlotRow, tenant: str, memory_bytes: int, now_ms: int) -> SlotView:
     return SlotView(
         slot_id=row.slot_id,
         shape_id=row.shape_id,
-        tenant=queue.shape.tenant,
+        tenant=tenant,
         status=row.status.value,
         node=row.node or None,
         devices=row.devices,
-        memory_bytes=queue.shape.memory_bytes,
+        memory_bytes=memory_bytes,
         flag=row.flag.value,
         running=row.running,
         served=row.served,
         open_s=None if row.opened_ms is None else max(0, now_ms - row.opened_ms) / 1000,
         idle_s=None if row.idle_ms is None else max(0, now_ms - row.idle_ms) / 1000,
+        kind=row.kind.value,
     )

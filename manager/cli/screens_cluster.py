@@ -8,9 +8,20 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from manager.cli.screens_tasks import STYLES, plain_table
-from manager.cli.text import NONE, ago, bar, memory, one_line, plain, seconds
-from manager.core.answers import ClusterView, DeviceView, KeyView, QueueView, TaskCounts, WorkerState, WorkerView
-from manager.core.lifecycle import TaskStatus
+from manager.cli.text import NONE, ago, bar, clock, count, memory, one_line, plain, seconds
+from manager.core.answers import (
+    ClusterView,
+    DependencyState,
+    DependencyView,
+    DeviceView,
+    GroupView,
+    KeyView,
+    QueueView,
+    TaskCounts,
+    WorkerState,
+    WorkerView,
+)
+from manager.core.lifecycle import Cordon, SlotKind, TaskStatus
 from manager.core.quantities import format_memory
 
 BAR_WIDTH: Final = 16
@@ -20,14 +31,25 @@ QUEUES_SHOWN_MAX: Final = 12
 _LEASED, _FOREIGN = "█", "▒"
 _MAKERS: Final = frozenset({"AMD", "Instinct", "Radeon", "NVIDIA", "(simulated)"})
 _BAR_STYLES: Final = {_LEASED: "blue", _FOREIGN: "red", "·": "dim"}
-_STATES: Final[dict[WorkerState, str]] = {
+STATES: Final[dict[WorkerState, str]] = {
     WorkerState.LIVE: "green",
+    WorkerState.REGISTERING: "cyan",
     WorkerState.NO_WORKER: "yellow",
+    WorkerState.CORDONED: "yellow",
+    WorkerState.DRAINING: "yellow",
+    WorkerState.DRAINED: "magenta",
     WorkerState.SILENT: "yellow",
     WorkerState.LOST: "bold red",
     WorkerState.LEFT: "dim",
 }
-assert _STATES.keys() == set(WorkerState)
+assert STATES.keys() == set(WorkerState)
+_CORDONED: Final = frozenset({WorkerState.CORDONED, WorkerState.DRAINING, WorkerState.DRAINED})
+"""States that say by themselves that the node is cordoned."""
+_PARTS: Final[dict[DependencyState, tuple[str, str]]] = {
+    DependencyState.OK: ("●", "green"),
+    DependencyState.UNKNOWN: ("○", "dim"),
+    DependencyState.DOWN: ("●", "red"),
+}
 
 
 def status_screen(cluster: ClusterView, url: str) -> RenderableType:
@@ -39,6 +61,11 @@ def status_screen(cluster: ClusterView, url: str) -> RenderableType:
         Text(),
         tasks_line(cluster.tasks),
     ]
+    if direct := sum(1 for slot in cluster.slots if slot.kind == SlotKind.DIRECT):
+        parts.append(Text.assemble(("Dask    ", "bold"), f"{count(direct, 'task')} of who uses Dask directly"))
+    if cluster.dependencies:
+        parts.append(parts_line(cluster.dependencies))
+    parts += [group_line(group) for group in cluster.groups]
     waiting = sorted((q for q in cluster.queues if q.depth), key=lambda queue: (-queue.depth, queue.shape_id))
     if waiting:
         parts += [Text(), _queue_table(waiting[:QUEUES_SHOWN_MAX], tenants=len({q.tenant for q in waiting}) > 1)]
@@ -76,6 +103,29 @@ def tasks_line(tasks: TaskCounts) -> Text:
     return line
 
 
+def parts_line(parts: Sequence[DependencyView]) -> Text:
+    """The parts of the cluster, with a dot for how each is."""
+    line = Text("Parts   ", "bold")
+    for part in parts:
+        dot, style = _PARTS[part.state]
+        line.append(f"{dot} ", style)
+        line.append(plain(part.name), "" if part.state is DependencyState.OK else style)
+        line.append(f" ({plain(part.detail)})   " if part.detail else "   ", "dim")
+    line.rstrip()
+    return line
+
+
+def group_line(group: GroupView) -> Text:
+    """One group of nodes: how many there are, of how many there may be."""
+    line = Text.assemble(("Group   ", "bold"), one_line(group.name, 30), f"   {count(group.workers, 'node')}")
+    if group.workers_max is not None:
+        line.append(f" of {group.workers_min} to {group.workers_max}", "dim")
+    for number, word in ((group.starting, "starting"), (group.draining, "draining")):
+        if number:
+            line.append(f" · {number} {word}", "yellow")
+    return line
+
+
 def _queue_table(queues: Sequence[QueueView], *, tenants: bool) -> RenderableType:
     table = plain_table("WAITING", "NEEDS", *(["TENANT"] if tenants else []), "SLOTS", "OLDEST", "RUN TIME")
     for queue in queues:
@@ -98,13 +148,37 @@ def workers_screen(workers: Sequence[WorkerView]) -> RenderableType:
     table = plain_table("NODE / DEVICE", "MEMORY", "LEASED", "OF", "USED", "BUSY")
     notes: list[RenderableType] = []
     for worker in workers:
-        state = (worker.state.replace("_", " "), _STATES[worker.state])
-        running = (f" · {worker.tasks_running} running", "dim")
-        table.add_row(Text(one_line(worker.node, 24), "bold"), Text.assemble(state, running))
+        table.add_row(Text(one_line(worker.node, 24), "bold"), worker_state(worker))
         for device in worker.devices:
             table.add_row(*_device_row(device))
             notes += _device_notes(worker.node, device)
+        notes += _drain_notes(worker)
     return Group(table, *notes)
+
+
+def worker_state(worker: WorkerView) -> Text:
+    """How a node is, and what it has in hand."""
+    text = Text(worker.state.replace("_", " "), STATES[worker.state])
+    if worker.cordon and worker.state not in _CORDONED:
+        text.append(", draining" if worker.cordon == Cordon.DRAIN else ", cordoned", "yellow")
+    left = count(worker.slots, "slot") + " left"
+    return text.append(f" · {left if worker.cordon == Cordon.DRAIN else f'{worker.tasks_running} running'}", "dim")
+
+
+def worker_line(worker: WorkerView) -> RenderableType:
+    """One node in a line, and what is to happen to it."""
+    return Group(Text.assemble((one_line(worker.node, 24), "bold"), ": ", worker_state(worker)), *_drain_notes(worker))
+
+
+def _drain_notes(worker: WorkerView) -> list[RenderableType]:
+    """When a drain gives tasks back, and what follows it."""
+    where = f"  {one_line(worker.node, 24)}: "
+    notes: list[RenderableType] = []
+    if worker.deadline_at is not None and worker.slots:
+        notes.append(Text(f"{where}what still runs at {clock(worker.deadline_at)} goes back to the queue", "dim"))
+    if worker.remove:
+        notes.append(Text(f"{where}its agent ends for good once it is empty", "dim"))
+    return notes
 
 
 def _device_row(device: DeviceView) -> tuple[Text, ...]:

@@ -2,9 +2,11 @@
 
 Victims come from the ledger: slots on one node whose end makes the shape fit there. What they give back is kept for whom they
 ended: otherwise small shapes would take each piece as it comes, and a large one would never see them all together.
+Slots that are kept warm end for work that waits, the last of all idle ones; nothing ends so that others can be kept warm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -16,6 +18,8 @@ from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
 from manager.core.placement import find, victims
 from manager.core.shapes import Shape
 
+WARM_COST: Final = 10.0
+"""Ending an idle slot that is to be kept warm costs more than ending another idle one."""
 BUSY_COST: Final = 1e6
 """Ending a busy slot at its task boundary costs more than ending any number of idle ones on a device."""
 RESIDENT_COST: Final = 1e12
@@ -25,7 +29,7 @@ SEARCHES_MAX: Final = 16
 
 
 class Close(msgspec.Struct, frozen=True):
-    """End a slot at its next task boundary. `reason`: Idle, or the shape that wants its memory."""
+    """End a slot at its next task boundary. `reason`: Idle, Unloaded, TooManyIdle, or the shape that wants its memory."""
 
     slot_id: str
     reason: str
@@ -81,17 +85,48 @@ def closes_of(
             if fit is not None:
                 scratch.lease(f"for {queue.shape_id}", fit)
                 keep.append((need.held[0], fit))
-    for slot in state.slots:
-        if (
-            slot.slot_id not in closes
-            and slot.status is SlotStatus.OPEN
-            and slot.flag is SlotFlag.NONE
-            and slot.idle_ms is not None
-            and (slot.shape_id not in queues or queues[slot.shape_id].depth == 0)
-            and state.now_ms - slot.idle_ms >= limits.idle_s * 1000
-        ):
-            closes[slot.slot_id] = Close(slot.slot_id, "Idle")
+    for close in _idle_closes(state, queues, needs, closes.keys(), limits):
+        closes[close.slot_id] = close
     return list(closes.values()), keep
+
+
+def _idle_closes(
+    state: ClusterState, queues: Mapping[str, QueueRow], needs: Sequence[Need], ending: Container[str], limits: Limits
+) -> list[Close]:
+    """Slots that end without anybody waiting for their room, the longest idle first: idle for too long, to be unloaded, or
+    more on one node than it may keep idle. What is to be warm stays, but counts on its node.
+    """
+    idle = [
+        (slot.idle_ms, slot.slot_id, slot)
+        for slot in state.slots
+        if slot.idle_ms is not None
+        and slot.status is SlotStatus.OPEN
+        and slot.flag is SlotFlag.NONE
+        and slot.kind is SlotKind.TASKS
+        and slot.slot_id not in ending
+        and (slot.shape_id not in queues or queues[slot.shape_id].depth == 0)
+    ]
+    spare = {need.queue.shape_id: need.serving - need.queue.warm for need in needs if need.queue.warm}
+    excess = Counter(slot.node for _, _, slot in idle)
+    excess.subtract(dict.fromkeys(excess, limits.idle_per_node_max))
+    found: list[Close] = []
+    for idle_ms, slot_id, slot in sorted(idle, key=lambda each: each[:2]):
+        queue = queues.get(slot.shape_id)
+        if queue is not None and queue.unload_ms is not None and idle_ms <= queue.unload_ms:
+            reason = "Unloaded"
+        elif spare.get(slot.shape_id, 1) <= 0:
+            continue
+        elif state.now_ms - idle_ms >= limits.idle_s * 1000:
+            reason = "Idle"
+        elif excess[slot.node] > 0:
+            reason = "TooManyIdle"
+        else:
+            continue
+        found.append(Close(slot_id, reason))
+        excess[slot.node] -= 1
+        if slot.shape_id in spare:
+            spare[slot.shape_id] -= 1
+    return found
 
 
 class _Candidate(msgspec.Struct, frozen=True):
@@ -117,7 +152,8 @@ def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limit
     rank = None if own is None or own.depth == 0 else priority_rank(own)
     if slot.idle_ms is not None and slot.running == 0:
         idle_s = max(0.0, (now_ms - slot.idle_ms) / 1000)
-        return _Candidate(slot.slot_id, slot.shape_id, 1.0 / (1.0 + idle_s), idle=True, rank=rank)
+        cost = 1.0 / (1.0 + idle_s) + (WARM_COST if own is not None and own.warm else 0.0)
+        return _Candidate(slot.slot_id, slot.shape_id, cost, idle=True, rank=rank)
     run_s = UNKNOWN_RUN_S if own is None or own.run_s is None else own.run_s
     cost = BUSY_COST + run_s
     if now_ms - slot.opened_ms < limits.residence_s * 1000:

@@ -14,6 +14,7 @@
     ├── QuotaExceeded          429   retry helps
     ├── StoreUnavailable       503   retry helps
     ├── StoreFull              503   retry helps once there is room
+    ├── RegistrationRefused    –     an agent's inventory cannot be right
     ├── SettingsError          –     a start with wrong settings: exit 2
     ├── StartError             –     a part that cannot start: port taken, program missing
     ├── LastAdminKey           409   manager/keys.py: it may not be revoked
@@ -23,7 +24,8 @@
     ├── WaitTimeout            –
     └── UnexpectedAnswer       –
 
-The API has some of its own beside these (``manager/api/problems.py``), devices one (`DeviceError`).
+The API has some of its own beside these (``manager/api/problems.py``), devices one (`DeviceError`), tasks of Dask clients four
+below `GpuTaskError` (``manager/core/gpu_tasks.py``).
 
 A class's docstring is its default message. Nothing here knows HTTP beyond the status number.
 """
@@ -120,6 +122,10 @@ class StoreFull(RocyardError):
 
     status = 503
     retryable = True
+
+
+class RegistrationRefused(RocyardError):
+    """The node may not join as it is."""
 
 
 class SettingsError(RocyardError):

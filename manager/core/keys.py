@@ -31,6 +31,8 @@ x:SLOT                  set     functions                  running tasks of the 
 n:NODE                  hash    agent (by functions)       one node: incarnation, beat, inventory, fenced, cordon
 ns:NODE                 set     functions                  open slots of a node
 nodes                   set     functions                  names of nodes
+dv:MACHINE              hash    functions                  device → the node that has it, on one machine
+refused                 hash    functions                  NODE → when and why its registration was refused
 hb:NODE                 hash    Dask worker (plugin)       the worker's heartbeat with its device readings
 fn:NAME                 string  agent                      a registered function: schema and defaults
 functions               set     agent                      names of functions

@@ -89,5 +89,8 @@ assert SLOT_NEXT.keys() == set(SlotStatus)
 CRASHES_MAX: Final = 3
 """A task that crashed its executor so often, alone, is poison."""
 
+REMOVED_EXIT: Final = 90
+"""Exit status of an agent whose node was removed: who supervises it must not start it again. No shell or library uses it."""
+
 LOSSES_MAX: Final = 50
 """Losses of infrastructure that a task survives: a bound against a cluster that cannot run it at all."""

@@ -204,7 +204,8 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent says of itself when it registers.
 
-    `cpus` are its host's, which other nodes may share; 0: not known. `group` is the autoscaler's, empty: none.
+    `cpus` are its host's, which other nodes may share; 0: not known. `group` is the autoscaler's, empty: none. `machine` is
+    the same for all nodes that may see the same devices, in containers too; empty: the hostname stands for it.
     """
 
     hostname: str
@@ -217,6 +218,7 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     cpus: int = 0
     metrics_url: str = ""
     group: str = ""
+    machine: str = ""
 
 
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -248,7 +250,7 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         registered_ms: when this incarnation registered.
-        cordon: what it may still take on, who said so (operator or autoscaler), and when.
+        cordon: what it may still take on, who said so (operator, autoscaler or its own agent, which stops), and when.
         deadline_ms: a drain gives running tasks back to the queue then; None: it waits for them.
         remove: once it is empty the agent ends, and is not started again.
     """
@@ -270,10 +272,25 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     remove: bool = False
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """A registration that was refused, and is tried again while its agent runs."""
+
+    node: str
+    at_ms: int
+    problem: str
+
+
 class ClusterState(msgspec.Struct, frozen=True):
-    """One consistent look at everything that is planned with."""
+    """One consistent look at everything that is planned with.
+
+    Attributes:
+        dask: whether the leader reaches the Dask scheduler; None until it has tried. `dask_ms`: since when.
+    """
 
     now_ms: int
     queues: tuple[QueueRow, ...]
     slots: tuple[SlotRow, ...]
     nodes: tuple[NodeRow, ...]
+    refused: tuple[Refusal, ...] = ()
+    dask: bool | None = None
+    dask_ms: int | None = None

@@ -22,16 +22,23 @@ class Limits(msgspec.Struct, frozen=True):
     idle_s: float
     residence_s: float
     slots_per_shape_max: int
+    idle_per_node_max: int
 
 
 class Need(msgspec.Struct, frozen=True):
-    """One shape in this round: its slots, and how many it should have."""
+    """One shape in this round: its slots, and how many it should have.
+
+    Attributes:
+        wanted: for its work, or to be kept warm, whichever is more.
+        needed: for its work alone. Others' slots end for these, never for slots that are only to be warm.
+    """
 
     queue: QueueRow
     serving: int
     requested: int
     held: tuple[str, ...]
     wanted: int
+    needed: int
 
     @property
     def asked(self) -> int:
@@ -40,8 +47,8 @@ class Need(msgspec.Struct, frozen=True):
 
     @property
     def waits(self) -> bool:
-        """Whether a slot is held that is still wanted."""
-        return bool(self.held) and self.wanted > self.serving
+        """Whether a slot is held that work still needs."""
+        return bool(self.held) and self.needed > self.serving
 
 
 def slots_wanted(queue: QueueRow, slots: Sequence[SlotRow], now_ms: int, limits: Limits) -> int:
@@ -92,8 +99,9 @@ def needs_of(state: ClusterState, held: frozenset[str], vtimes: Mapping[str, flo
         serving = [s for s in slots if s.status is SlotStatus.OPEN and s.flag is SlotFlag.NONE]
         requested = [s.slot_id for s in slots if s.status is SlotStatus.REQUESTED]
         waiting = tuple(sorted(slot_id for slot_id in requested if slot_id in held))
-        wanted = slots_wanted(queue, serving, state.now_ms, limits)
-        needs.append(Need(queue, len(serving), len(requested) - len(waiting), waiting, wanted))
+        needed = slots_wanted(queue, serving, state.now_ms, limits)
+        wanted = max(needed, min(queue.warm, limits.slots_per_shape_max))
+        needs.append(Need(queue, len(serving), len(requested) - len(waiting), waiting, wanted, needed))
     return needs
 
 

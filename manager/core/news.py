@@ -9,6 +9,8 @@ from manager.core.model import ClusterState
 
 QUEUES_MAX: Final = 100
 """Shapes that are told: the deepest queues; the dashboard shows no more."""
+SLOTS_MAX: Final = 512
+"""Slots that are told: some 40 KiB a round at most. Of more the dashboard shows the leases, which it has of its own."""
 
 
 class QueueNews(msgspec.Struct, frozen=True):
@@ -25,16 +27,26 @@ class QueueNews(msgspec.Struct, frozen=True):
     oldest_wait_s: float | None = None
 
 
+class SlotNews(msgspec.Struct, frozen=True, array_like=True):
+    """An open slot: what the ledger does not know of it."""
+
+    slot_id: str
+    kind: SlotKind
+    running: int
+
+
 class News(msgspec.Struct, frozen=True):
     """All of it; the next news replaces these.
 
     Attributes:
         cordoned: nodes on which nothing new is placed.
         queues: the deepest first.
+        slots: open ones, as many as are told.
     """
 
     cordoned: tuple[str, ...] = ()
     queues: tuple[QueueNews, ...] = ()
+    slots: tuple[SlotNews, ...] = ()
 
 
 def news_of(state: ClusterState) -> News:
@@ -58,7 +70,14 @@ def news_of(state: ClusterState) -> News:
         )
         for queue in sorted(state.queues, key=lambda queue: (-queue.depth, queue.shape_id))[:QUEUES_MAX]
     ]
-    return News(tuple(row.node for row in state.nodes if row.cordon is not Cordon.NONE), tuple(queues))
+    opened = [slot for slot in state.slots if slot.status is SlotStatus.OPEN]
+    # Direct ones first: nothing else tells the dashboard which slots these are.
+    opened.sort(key=lambda slot: (slot.kind is not SlotKind.DIRECT, slot.slot_id))
+    return News(
+        cordoned=tuple(row.node for row in state.nodes if row.cordon is not Cordon.NONE),
+        queues=tuple(queues),
+        slots=tuple(SlotNews(slot.slot_id, slot.kind, slot.running) for slot in opened[:SLOTS_MAX]),
+    )
 
 
 encode_news = msgspec.json.Encoder().encode

@@ -101,7 +101,8 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
             starts -= count
         if count:
             opens.append(Open(queue.shape_id, count, queue.shape.max_tasks_per_slot))
-        alive = need.serving + need.asked + count
+        # A slot that is only to be warm may be held for as long as it takes: work that comes does not wait with it.
+        alive = need.serving + need.requested + count
         wake_at.append((queue.shape_id, NEVER if need.waits else wake_depth(queue, alive, limits)))
     unsettled = put_off or any(need.waits or need.requested for need in needs)
     return Plan(

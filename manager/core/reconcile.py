@@ -67,10 +67,11 @@ def repairs(state: ClusterState, on_dask: Mapping[str, tuple[str, str]], open_de
 
 
 class Drains(msgspec.Struct, frozen=True):
-    """Slots on nodes that are being drained, and what to ask of each."""
+    """Slots on nodes that are being drained, and what to ask of each. `next_ms`: when the next deadline is over."""
 
     drain: tuple[str, ...]
     preempt: tuple[str, ...]
+    next_ms: int | None = None
 
 
 def drains(state: ClusterState) -> Drains:
@@ -89,4 +90,5 @@ def drains(state: ClusterState) -> Drains:
                 preempt.append(slot.slot_id)
         elif slot.kind is SlotKind.TASKS and slot.flag not in (SlotFlag.DRAIN, SlotFlag.PREEMPT):
             drain.append(slot.slot_id)
-    return Drains(tuple(drain), tuple(preempt))
+    ahead = [deadline_ms for deadline_ms in draining.values() if deadline_ms is not None and deadline_ms > state.now_ms]
+    return Drains(tuple(drain), tuple(preempt), min(ahead, default=None))

@@ -14,6 +14,8 @@ from manager.core.shapes import GPUS_MAX
 
 TASKS_PER_BATCH_MAX: Final = 500
 """Tasks of one batch: the store accepts them in one step, which holds up everybody else."""
+SLOTS_WARM_MAX: Final = 10_000
+"""Slots that one request keeps warm: each is a process."""
 PAGE_MAX: Final = 500
 """Tasks of one page: a page is one step of the store."""
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -78,6 +80,42 @@ class BatchRequest(Request, frozen=True):
     """Tasks that are accepted all or none."""
 
     tasks: Annotated[tuple[TaskRequest, ...], msgspec.Meta(min_length=1, max_length=TASKS_PER_BATCH_MAX)]
+
+
+class DrainRequest(Request, frozen=True):
+    """How a node is emptied.
+
+    Attributes:
+        deadline: what still runs after this goes back to the queue; null: it may take as long as it takes.
+        remove: whether its agent ends, for good, once the node is empty.
+    """
+
+    deadline: Duration | None = None
+    remove: bool = False
+
+
+class WarmRequest(Request, frozen=True):
+    """Slots that are to be open although nothing waits for them. Name a function, or resources, or both.
+
+    Attributes:
+        function: for whose tasks: its resources, where no others are named.
+        resources: what each slot leases.
+        slots: how many; 0: no more than work asks for.
+        for_: for how long.
+    """
+
+    for_: Duration = msgspec.field(name="for")
+    function: Annotated[str, msgspec.Meta(min_length=1, max_length=200, examples=["echo"])] | None = None
+    resources: ResourceRequest = ResourceRequest()
+    slots: Annotated[int, msgspec.Meta(ge=0, le=SLOTS_WARM_MAX)] = 1
+
+
+class UnloadRequest(Request, frozen=True):
+    """Whose idle slots are to close: those for a function, or for resources, or for both; or all of the tenant."""
+
+    function: Annotated[str, msgspec.Meta(min_length=1, max_length=200, examples=["echo"])] | None = None
+    resources: ResourceRequest = ResourceRequest()
+    all: bool = False
 
 
 class KeyScope(enum.StrEnum):

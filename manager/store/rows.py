@@ -12,6 +12,7 @@ from manager.core.model import (
     NodeRow,
     OpenReply,
     QueueRow,
+    Refusal,
     SlotRow,
     TaskError,
     TaskEvent,
@@ -181,12 +182,20 @@ def _node(row: list[Any]) -> NodeRow:
     )
 
 
+def _refusal(node: bytes, said: bytes) -> Refusal:
+    at, _, problem = said.decode().partition(" ")
+    return Refusal(node.decode(), int(at), problem)
+
+
 def state(reply: list[Any]) -> ClusterState:
     """One look at the cluster."""
-    now, queues, slots, nodes = reply
+    now, queues, slots, nodes, refused, (dask, dask_since) = reply
     return ClusterState(
         now_ms=int(now),
         queues=tuple(sorted((_queue(row) for row in queues), key=lambda row: row.shape_id)),
         slots=tuple(sorted((_slot(row) for row in slots), key=lambda row: row.slot_id)),
         nodes=tuple(sorted((_node(row) for row in nodes if row[3]), key=lambda row: row.node)),
+        refused=tuple(sorted((_refusal(*refused[i : i + 2]) for i in range(0, len(refused), 2)), key=lambda row: row.node)),
+        dask=dask == b"ok" if dask else None,
+        dask_ms=_ms(dask_since),
     )

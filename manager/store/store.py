@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from manager.core.errors import QuotaExceeded, StoreFull, StoreUnavailable
+from manager.core.errors import QuotaExceeded, RegistrationRefused, StoreFull, StoreUnavailable
 from manager.core.keys import SCHEMA_VERSION, Keys
 from manager.core.lifecycle import Cordon, SlotFlag, TaskStatus
 from manager.core.model import (
@@ -236,8 +236,18 @@ class Store:
         await self._run("ry_close", slot_id, incarnation, reason)
 
     async def register(self, node: str, incarnation: str, info: NodeInfo) -> bool:
-        """Register an agent; all that earlier incarnations of the node held ends. False: this incarnation is fenced."""
-        return bool(await self._run("ry_register", node, incarnation, msgspec.json.encode(info)) == b"OK")
+        """Register an agent; all that earlier incarnations of the node held ends. False: this incarnation is fenced.
+
+        Raises:
+            RegistrationRefused: its inventory cannot be right, or another living node has one of its devices.
+        """
+        args: list[Any] = [info.machine or info.hostname]
+        for device in info.devices:
+            args += (device.uuid, device.memory_bytes)
+        reply = await self._run("ry_register", node, incarnation, msgspec.json.encode(info), *args)
+        if reply[0] == b"REFUSED":
+            raise RegistrationRefused(f"node {node} is refused: {reply[1].decode()}")
+        return bool(reply[0] == b"OK")
 
     async def beat(self, node: str, incarnation: str, slots: Iterable[tuple[str, bool]]) -> BeatReply:
         """One heartbeat of an agent with its slots (id, idle)."""
@@ -261,21 +271,31 @@ class Store:
     # --- nodes and slots, for operators and the autoscaler --------------------------------------------------------
 
     async def cordon(
-        self, node: str, mode: Cordon, by: str, deadline_s: float | None = None, *, remove: bool = False, token: int = 0
+        self,
+        node: str,
+        mode: Cordon,
+        by: str,
+        deadline_s: float | None = None,
+        *,
+        remove: bool = False,
+        token: int = 0,
+        incarnation: str = "",
     ) -> str:
         """Say what a node may still take on.
 
         Args:
             mode: NONE lifts it.
-            by: ``operator`` or ``autoscaler``; the latter must lead with `token`.
+            by: ``operator``, ``autoscaler``, which must lead with `token`, or ``agent``, the node's own of that `incarnation`.
             deadline_s: a drain gives running tasks back after this; None: it waits for them.
             remove: once it is empty the agent ends for good.
 
         Returns:
-            OK, NONE (no such node), STALE (the token), KEPT (an operator has cordoned it: the autoscaler leaves it so).
+            OK, NONE (no such node), STALE (token or incarnation), KEPT (somebody else has cordoned it, and only an operator
+            may change that).
         """
         deadline = "" if deadline_s is None else deadline_s
-        reply = await self._run("ry_cordon", node, mode.value, by, deadline, "1" if remove else "", token or "")
+        proof = incarnation or token or ""
+        reply = await self._run("ry_cordon", node, mode.value, by, deadline, "1" if remove else "", proof)
         return str(reply.decode())
 
     async def warm(self, shape_id: str, shape: Shape, slots: int, seconds: float) -> None:
@@ -336,6 +356,10 @@ class Store:
         """What the leader has planned: how many slots are held, and at which depth a shape asks for another round."""
         args = [value for pair in wake_at for value in pair]
         return bool(await self._run("ry_planned", token, held, *args) != b"STALE")
+
+    async def reached(self, token: int, *, dask: bool) -> bool:
+        """Whether the leader reaches the Dask scheduler, for people to see. False: the token is stale."""
+        return bool(await self._run("ry_reached", token, "ok" if dask else "down") != b"STALE")
 
     async def due(self) -> tuple[int, float | None]:
         """Move retries that are due back to their queues; how many, and seconds until the next one."""

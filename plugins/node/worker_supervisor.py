@@ -22,8 +22,7 @@ PAUSE_S: Final = (0.1, 1.0)
 STEADY_S: Final = 5.0
 """A worker that lived for so long was well: the next start does not wait."""
 SILENT_S_MAX: Final = 10.0
-"""A Dask worker that has not beaten for so long is frozen."""
-STARTING_S_MAX: Final = 60.0
+"""A Dask worker that has beaten, and then not for so long, is frozen."""
 STOP_S: Final = 3.0
 
 log = get_logger("rocyard.agent")
@@ -35,24 +34,28 @@ class WorkerSupervisor:
     Args:
         configure: the configuration of the next worker, by its generation.
         environ: of the worker: no credential, no visible device.
+        start_s: a worker that has not beaten so long after its start has failed to register, and is started anew.
     """
 
-    def __init__(self, configure: Callable[[int], WorkerConfig], environ: dict[str, str]) -> None:
+    def __init__(self, configure: Callable[[int], WorkerConfig], environ: dict[str, str], start_s: float) -> None:
         self.configure = configure
         self.environ = environ
+        self.start_s = start_s
         self.generation = 0
         self.pid: int | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._heard_s = 0.0
+        self._until_s = 0.0
+        self._beaten = False
         self._stopping = False
 
     def heard(self) -> None:
         """The worker has beaten."""
-        self._heard_s = time.monotonic()
+        self._until_s = time.monotonic() + SILENT_S_MAX
+        self._beaten = True
 
     def forgive(self, seconds: float) -> None:
         """This process itself stood still for so long."""
-        self._heard_s += seconds
+        self._until_s += seconds
 
     async def run(self) -> None:
         """Start, wait, start again, until `stop`."""
@@ -60,7 +63,7 @@ class WorkerSupervisor:
         while not self._is_stopping():
             self.generation += 1
             began_s = time.monotonic()
-            self._heard_s = began_s + STARTING_S_MAX
+            self._until_s, self._beaten = began_s + self.start_s, False
             try:
                 await self._run_once()
             except OSError as error:
@@ -96,8 +99,11 @@ class WorkerSupervisor:
                         await process.wait()
                         return
                 except TimeoutError:
-                    if time.monotonic() - self._heard_s > SILENT_S_MAX:
-                        log.error("worker_frozen", pid=process.pid, silent_s=SILENT_S_MAX)
+                    if time.monotonic() > self._until_s:
+                        if self._beaten:
+                            log.error("worker_frozen", pid=process.pid, silent_s=SILENT_S_MAX)
+                        else:
+                            log.error("worker_not_registered", pid=process.pid, waited_s=self.start_s)
                         process.kill()
         finally:
             self.pid = None

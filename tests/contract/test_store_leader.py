@@ -44,6 +44,7 @@ WRITES: dict[str, tuple[Write, object]] = {
     "flag": (lambda lab, token, w: lab.store.flag(token, SlotFlag.CLOSE, [w["open"]]), False),
     "lost": (lambda lab, token, w: lab.store.lost(token, "n1", w["incarnation"]), (False, [])),
     "planned": (lambda lab, token, w: lab.store.planned(token, 3, [(RED, 7)]), False),
+    "reached": (lambda lab, token, w: lab.store.reached(token, dask=True), False),
     "sweep": (lambda lab, token, w: lab.store.sweep(token, 10**15, 0, 10**15), (0, 0)),
 }
 

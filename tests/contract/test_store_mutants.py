@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager
 import pytest
 from _pytest.outcomes import Failed
 
-from manager.core.lifecycle import Outcome
+from manager.core.lifecycle import Cordon, Outcome
 from manager.store.store import library_source
 from tests.contract import test_store_leader as leader
+from tests.contract import test_store_lifecycle as lifecycle
 from tests.contract import test_store_memory as memory
 from tests.contract import test_store_reads as reads
 from tests.contract import test_store_slots as slots
@@ -63,6 +64,18 @@ async def walks(lab: Lab) -> None:
         await walk_on(lab, seed, lab.url)
 
 
+def removed(how: str) -> Test:
+    return lambda lab: lifecycle.test_a_node_that_was_removed_may_come_again(lab, how)
+
+
+def released(how: str) -> Test:
+    return lambda lab: lifecycle.test_a_device_is_free_again_when_its_node_has_it_no_longer(lab, how)
+
+
+def outlives(by: str, after: Cordon) -> Test:
+    return lambda lab: lifecycle.test_which_cordons_outlive_a_restart_of_the_agent(lab, by, after)
+
+
 def repeat(which: Outcome) -> Test:
     return lambda lab: tasks.test_a_repeat_does_not_forget_what_its_first_send_claimed_anew(lab, which)
 
@@ -85,7 +98,7 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         tasks.test_an_end_from_another_incarnation_is_refused,
     ),
     "token not checked": (
-        "return redis.call('HGET', p .. 'leader', 'token') == token",
+        "return redis.call('HGET', p .. 'leader' .. (role and ':' .. role or ''), 'token') == token",
         "return true",
         old_leader("request"),
     ),
@@ -233,12 +246,12 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         slots.test_a_node_that_leaves_gives_all_back_and_opens_nothing_more,
     ),
     "a replaced incarnation registers": (
-        "if string.find(past, incarnation .. ' ', 1, true) then return 'FENCED' end",
+        "  if record[1] ~= incarnation and string.find(past, incarnation .. ' ', 1, true) then return { 'FENCED' } end\n",
         "",
         slots.test_a_late_registration_of_a_replaced_incarnation_ends_nothing,
     ),
     "a new incarnation ends nothing": (
-        "    close_all_of(p, node, 'AgentRestarted', now_ms())\n",
+        "    close_all_of(p, node, 'AgentRestarted', now)\n",
         "",
         slots.test_a_new_incarnation_ends_all_that_the_node_held,
     ),
@@ -287,6 +300,101 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "",
         leader.test_a_take_that_is_sent_again_is_told_that_it_worked,
     ),
+    "a cordoned node opens slots": (
+        "  if is_cordoned(p, node) then\n    close_slot(p, slot, 'Cordoned', now_ms())\n    return { 'REFUSED' }\n  end\n",
+        "",
+        lifecycle.test_a_cordoned_node_opens_nothing_new_and_what_is_open_goes_on,
+    ),
+    "a cordoned node opens direct slots": (
+        "  if is_cordoned(p, node) then return 'CORDONED' end\n",
+        "",
+        lifecycle.test_a_cordoned_node_opens_nothing_new_and_what_is_open_goes_on,
+    ),
+    "a slot refused by a cordon stays asked for": (
+        "    close_slot(p, slot, 'Cordoned', now_ms())\n",
+        "",
+        lifecycle.test_work_that_waits_for_a_slot_refused_by_a_cordon_asks_for_another,
+    ),
+    "an operator's cordon is overwritten": (
+        "  if by ~= 'operator' and cordoned and record[4] ~= by then return 'KEPT' end\n",
+        "",
+        lifecycle.test_an_operators_cordon_is_touched_by_operators_only,
+    ),
+    "an autoscaler's token is not checked": (
+        "  if by == 'autoscaler' and not leads(p, args[6], 'autoscaler') then return 'STALE' end\n",
+        "",
+        lifecycle.test_an_autoscaler_that_does_not_lead_cordons_nothing,
+    ),
+    "a controller's token is an autoscaler's": (
+        "leads(p, args[6], 'autoscaler')",
+        "leads(p, args[6])",
+        lifecycle.test_an_autoscaler_that_does_not_lead_cordons_nothing,
+    ),
+    "an agent's incarnation is not checked": (
+        "  if by == 'agent' and not node_holds(p, node, args[6]) then return 'STALE' end\n",
+        "",
+        lifecycle.test_an_agent_that_was_replaced_cordons_nothing,
+    ),
+    "an operator's cordon ends with the agent": (
+        "if record[4] ~= 'operator' or removed then uncordon(key) end",
+        "uncordon(key)",
+        outlives("operator", Cordon.DRAIN),
+    ),
+    "an autoscaler's cordon outlives the agent": (
+        "if record[4] ~= 'operator' or removed then uncordon(key) end",
+        "if removed then uncordon(key) end",
+        outlives("autoscaler", Cordon.NONE),
+    ),
+    "a removal takes place again": (
+        "if record[4] ~= 'operator' or removed then uncordon(key) end",
+        "if record[4] ~= 'operator' then uncordon(key) end",
+        removed("left"),
+    ),
+    "a node leaves with open slots": (
+        "if state[2] == '1' and redis.call('SCARD', p .. 'ns:' .. node) == 0 then",
+        "if state[2] == '1' then",
+        lifecycle.test_a_removed_node_leaves_when_its_last_slot_has_ended,
+    ),
+    "a device in two ledgers": (
+        "      if incarnation and node_holds(p, owner, incarnation) then\n",
+        "      if false then\n",
+        lifecycle.test_one_device_is_in_the_inventory_of_one_living_node,
+    ),
+    "a device of a node that left is held": (
+        "      if incarnation and node_holds(p, owner, incarnation) then\n",
+        "      if incarnation then\n",
+        released("lost"),
+    ),
+    "a device that a node has no longer is held": (
+        "  release_devices(p, node)\n  for i",
+        "  for i",
+        released("changed"),
+    ),
+    "a direct slot opens again": (
+        "  if record[1] then return 'REFUSED' end\n",
+        "",
+        lifecycle.test_a_direct_slot_opens_once_and_claims_nothing,
+    ),
+    "unloading makes shapes": (
+        "    if redis.call('SISMEMBER', p .. 'active', shape) == 1 then\n",
+        "    if true then\n",
+        lifecycle.test_unloading_marks_the_shape_and_keeps_none_warm,
+    ),
+    "warm for ever": (
+        "local warm = (tonumber(said[4] or '0') or 0) > now and tonumber(said[3]) or 0",
+        "local warm = tonumber(said[3] or '0') or 0",
+        lifecycle.test_a_warm_shape_is_known_without_work_until_its_time_is_over,
+    ),
+    "anybody writes the journal": (
+        "  if not leads(p, args[1], 'autoscaler') then return 'STALE' end\n",
+        "",
+        lifecycle.test_only_the_leading_autoscaler_writes_the_journal,
+    ),
+    "an address outlives its agent": (
+        "    redis.call('HDEL', p .. 'hb:' .. node, 'address') -- until a Dask worker of this incarnation reports\n",
+        "",
+        lifecycle.test_a_new_incarnation_has_no_dask_worker_until_one_reports,
+    ),
     "a cursor as the server writes it": (
         "  return string.format('%.0f', tonumber(score))",
         "  return string.gsub(tostring(score), '00000000$', 'e+8')",
@@ -298,6 +406,8 @@ BY_WALK = (
     *("finish not idempotent", "a claim does not raise the attempt", "queue not filled with the record"),
     *("a closed slot keeps its claims", "a fenced incarnation goes on", "a repeat forgets a claim", "quota not given back"),
     *("a replaced incarnation registers", "an id opens again", "a requeued task starts at attempt 0"),
+    *("a cordoned node opens slots", "an autoscaler's token is not checked", "an operator's cordon is overwritten"),
+    "a device in two ledgers",
 )
 """Those that the walk must catch as well, without being told what to look for."""
 

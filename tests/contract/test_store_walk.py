@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from manager.core.errors import QuotaExceeded
+from manager.core.errors import QuotaExceeded, RegistrationRefused
 from manager.core.ids import new_id
-from manager.core.lifecycle import FINAL, Outcome, SlotFlag, SlotStatus, TaskStatus
+from manager.core.lifecycle import FINAL, Cordon, Outcome, SlotFlag, SlotStatus, TaskStatus
 from manager.core.model import BeatReply, Claim, ClusterState, End, NextReply
-from tests.contract.store_harness import INFO, Lab, StoreServer, Violation, check_invariants, connected, submission
+from tests.contract.store_harness import Lab, StoreServer, Violation, check_invariants, connected, info, submission
 
 SEEDS = 40
 STEPS = 400
@@ -45,6 +45,7 @@ class WalkAgent:
     incarnation: str = field(default_factory=new_id)
     zombie: bool = False  # a newer incarnation registered, or the leader declared it lost
     slots: dict[str, Held] = field(default_factory=dict)
+    direct: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Walk:
         self.attempts: dict[str, int] = {}
         self.claimed_by: dict[tuple[str, int], str] = {}
         self.slot_number = 0
+        self.cordoned: set[str] = set()  # by an operator, who has not asked for a removal
 
     # --- how calls go ---------------------------------------------------------------------------------------------
 
@@ -132,19 +134,70 @@ class Walk:
         """An agent starts; one that was there before is dead, or thinks that it is not."""
         node = self.rng.choice(NODES)
         agent = WalkAgent(node)
+        # Now and then it says that it has a device which another node may have as well.
+        said = info(f"gpu-{node}", *self.rng.choice(((), (), ("gpu-shared",))), machine="m")
+
+        async def send() -> bool:
+            done = await self.store.register(node, agent.incarnation, said)
+            if done and agent.zombie:
+                raise Violation("zombie-refused", f"{agent.incarnation} registered")
+            return done
+
+        try:
+            await send()
+        except RegistrationRefused:
+            return  # whoever was there before is there still
         for old in self.agents:
             if old.node == node:
                 old.zombie = True
         self.agents.append(agent)
         self.agents = self.agents[-7:]
+        await self.call(send)
 
-        async def send() -> bool:
-            done = await self.store.register(node, agent.incarnation, INFO)
-            if done and agent.zombie:
-                raise Violation("zombie-refused", f"{agent.incarnation} registered")
-            return done
+    async def cordon(self) -> None:
+        """An operator, an autoscaler without a term, or an agent says what a node may still take on."""
+        node, mode = self.rng.choice(NODES), self.rng.choice(list(Cordon))
+        by = self.rng.choice(("operator", "operator", "autoscaler", "agent"))
+        incarnation = self.rng.choice([a.incarnation for a in self.agents if a.node == node] or ["nobody"])
+        proof = {"incarnation": incarnation} if by == "agent" else {"token": 7} if by == "autoscaler" else {}
+        # Sent once: an operator's word that comes late would undo the next one.
+        remove = self.rng.random() < 0.3
+        word = await self.store.cordon(node, mode, by, remove=remove, **proof)
+        if word == "OK" and by == "autoscaler":
+            raise Violation("old-leader-refused", f"an autoscaler without a term cordoned {node}")
+        if by != "operator" and word == "OK" and node in self.cordoned:
+            raise Violation("operators-cordon-kept", f"{by} changed {node}")
+        if by == "operator" and word == "OK":
+            # A removal ends its cordon when the node comes again.
+            (self.cordoned.add if mode is not Cordon.NONE and not remove else self.cordoned.discard)(node)
+
+    async def direct(self) -> None:
+        """An agent opens a slot for a Dask task, or ends one."""
+        if not self.agents:
+            return
+        agent = self.rng.choice(self.agents)
+        if agent.direct and self.rng.random() < 0.5:
+            slot = agent.direct.pop()
+            await self.call(lambda: self.store.close_slot(slot, agent.incarnation, "done"))
+            return
+        self.slot_number += 1
+        slot = f"d{self.slot_number}"
+
+        async def send() -> str:
+            word = await self.store.open_direct(slot, agent.node, agent.incarnation, ["gpu-0"], 1)
+            if agent.zombie and word != "FENCED":
+                raise Violation("zombie-refused", f"{agent.incarnation} opened a direct slot: {word}")
+            return word
 
         await self.call(send)
+        agent.direct.append(slot)
+
+    async def keep_warm(self) -> None:
+        one = submission(self.rng.choice(TENANTS))
+        if self.rng.random() < 0.5:
+            await self.call(lambda: self.store.warm(one.shape_id, one.shape, self.rng.randrange(3), 60))
+        else:
+            await self.call(lambda: self.store.unload([one.shape_id]))
 
     async def beat(self) -> None:
         if not self.agents:
@@ -180,6 +233,8 @@ class Walk:
                 word = (await self.store.open_slot(slot, agent.node, agent.incarnation, ["gpu-0"])).word
                 if agent.zombie and word != "FENCED":
                     raise Violation("zombie-refused", f"{agent.incarnation} opened a slot: {word}")
+                if word == "OK" and agent.node in self.cordoned:
+                    raise Violation("nothing-new-on-cordoned", f"{slot} opened on {agent.node}")
                 return word
 
             word, arrives = await self.call(send)
@@ -326,12 +381,13 @@ class Walk:
         acts = {
             self.submit: 6, self.cancel: 2, self.register: 1, self.beat: 3, self.open: 6, self.work: 20, self.close_one: 1,
             self.leave: 1, self.take_over: 1, self.look: 4, self.lead: 6, self.sweep: 1, self.again: 8, self.stray: 1,
+            self.cordon: 1, self.direct: 2, self.keep_warm: 1,
         }  # fmt: skip
         await self.take_over()
         for node in NODES:
             agent = WalkAgent(node)
             self.agents.append(agent)
-            await self.store.register(node, agent.incarnation, INFO)
+            await self.store.register(node, agent.incarnation, info(f"gpu-{node}", machine="m"))
         for step in range(STEPS):
             await self.rng.choices(list(acts), list(acts.values()))[0]()
             if self.rng.random() < 0.1:
@@ -365,7 +421,8 @@ class Walk:
         await self.take_over()
         self.agents = [WalkAgent(node) for node in NODES]
         for agent in self.agents:
-            assert await self.store.register(agent.node, agent.incarnation, INFO)
+            await self.store.cordon(agent.node, Cordon.NONE, "operator")
+            assert await self.store.register(agent.node, agent.incarnation, info(f"gpu-{agent.node}", machine="m"))
         for round_ in range(200):
             for task_id in (await check_invariants(self.store)).zset("due"):
                 await self.lab.raw("ZADD", f"{self.store.keys.prefix}due", 0, task_id)

@@ -20,7 +20,13 @@ local function node_holds(p, node, incarnation)
   return record[1] == incarnation and record[2] ~= incarnation and record[3] ~= '1'
 end
 
--- slot, node, incarnation, devices, generation: OK, ADOPTED (the same incarnation again), FENCED, or REFUSED.
+-- Whether nothing new may be opened on the node.
+local function is_cordoned(p, node)
+  return (redis.call('HGET', p .. 'n:' .. node, 'cordon') or '') ~= ''
+end
+
+-- slot, node, incarnation, devices: OK, ADOPTED (the same incarnation again), FENCED, or REFUSED. A slot that comes to a
+-- node which was cordoned while it was on its way ends here, so that its shape is planned anew, under another id.
 local function open(keys, args)
   local p, slot, node, incarnation = keys[1], args[1], args[2], args[3]
   if not node_holds(p, node, incarnation) then return { 'FENCED' } end
@@ -31,6 +37,10 @@ local function open(keys, args)
   local blob = redis.call('HGET', p .. 'shapes', shape)
   if record[1] == 'OPEN' and record[2] == node and record[3] == incarnation then return { 'ADOPTED', shape, blob } end
   if record[1] ~= 'REQUESTED' then return { 'REFUSED' } end
+  if is_cordoned(p, node) then
+    close_slot(p, slot, 'Cordoned', now_ms())
+    return { 'REFUSED' }
+  end
   redis.call('HSET', key, 'status', 'OPEN', 'node', node, 'incarnation', incarnation, 'devices', args[4],
     'opened', now_ms(), 'idle', '')
   redis.call('SADD', p .. 'ns:' .. node, slot)
@@ -46,7 +56,7 @@ local function open_direct(keys, args)
   local record = redis.call('HMGET', key, 'status', 'node', 'incarnation')
   if record[1] == 'OPEN' and record[2] == node and record[3] == incarnation then return 'ADOPTED' end
   if record[1] then return 'REFUSED' end
-  if (redis.call('HGET', p .. 'n:' .. node, 'cordon') or '') ~= '' then return 'CORDONED' end
+  if is_cordoned(p, node) then return 'CORDONED' end
   local now = now_ms()
   redis.call('HSET', key, 'status', 'OPEN', 'kind', 'direct', 'shape', '', 'node', node, 'incarnation', incarnation,
     'devices', args[4], 'memory', args[5], 'requested', now, 'opened', now, 'idle', '', 'served', 0, 'served_max', 0,
@@ -123,16 +133,18 @@ local function uncordon(key)
   redis.call('HDEL', key, 'cordon', 'cordon_by', 'cordoned', 'deadline', 'remove')
 end
 
--- node, mode ("", cordon, drain), by, seconds until running tasks go back or "", remove ("1" or ""), token or "": OK, NONE
--- (no such node), STALE (the token), KEPT (the autoscaler does not touch what an operator has cordoned).
+-- node, mode ("", cordon, drain), by (operator, autoscaler, agent), seconds until running tasks go back or "", remove
+-- ("1" or ""), token (of an autoscaler), incarnation (of an agent) or "": OK, NONE (no such node; one that left
+-- is there for operators only), STALE (the token or the incarnation), KEPT (nobody but an operator touches what another has cordoned).
 local function cordon(keys, args)
   local p, node, mode, by = keys[1], args[1], args[2], args[3]
   if by == 'autoscaler' and not leads(p, args[6], 'autoscaler') then return 'STALE' end
+  if by == 'agent' and not node_holds(p, node, args[6]) then return 'STALE' end
   local key = p .. 'n:' .. node
   local record = redis.call('HMGET', key, 'incarnation', 'left', 'cordon', 'cordon_by')
-  if not record[1] or record[2] == '1' then return 'NONE' end
+  if not record[1] or (record[2] == '1' and by ~= 'operator') then return 'NONE' end
   local cordoned = (record[3] or '') ~= ''
-  if by == 'autoscaler' and cordoned and record[4] ~= by then return 'KEPT' end
+  if by ~= 'operator' and cordoned and record[4] ~= by then return 'KEPT' end
   uncordon(key)
   if mode ~= '' then
     local now = now_ms()
@@ -144,28 +156,71 @@ local function cordon(keys, args)
   return 'OK'
 end
 
--- node, incarnation, info: a new incarnation ends all that earlier ones held. One that was replaced does not come back: a
--- registration may be sent twice, and its repeat arrive after the next agent's.
+-- Why an inventory, (uuid, bytes) … from args[5] on, cannot be right; nil where nothing is wrong with it. A device that
+-- another living node of the machine has would be in two ledgers, and its memory promised twice.
+local function inventory_problem(p, node, args)
+  local machine, seen = args[4], {}
+  for i = 5, #args, 2 do
+    local uuid = args[i]
+    if uuid == '' then return 'a device has no uuid' end
+    if seen[uuid] then return 'two devices are called ' .. uuid end
+    if (tonumber(args[i + 1]) or 0) <= 0 then return uuid .. ' has ' .. args[i + 1] .. ' bytes of memory' end
+    seen[uuid] = true
+    local owner = redis.call('HGET', p .. 'dv:' .. machine, uuid)
+    if owner and owner ~= node then
+      local incarnation = redis.call('HGET', p .. 'n:' .. owner, 'incarnation')
+      if incarnation and node_holds(p, owner, incarnation) then
+        return uuid .. ' of this machine is held by node ' .. owner .. ', and two agents would promise its memory twice: '
+          .. 'stop one of them, or give each devices of its own'
+      end
+    end
+  end
+end
+
+-- The devices of a node are free for another one.
+local function release_devices(p, node)
+  local machine = redis.call('HGET', p .. 'n:' .. node, 'machine')
+  if not machine then return end
+  local owners = redis.call('HGETALL', p .. 'dv:' .. machine)
+  for i = 1, #owners, 2 do
+    if owners[i + 1] == node then redis.call('HDEL', p .. 'dv:' .. machine, owners[i]) end
+  end
+end
+
+-- node, incarnation, info, machine, then (uuid, bytes) of each device: {OK}, {FENCED} or {REFUSED, why}. A new incarnation
+-- ends all that earlier ones held. One that was replaced does not come back: a registration may be sent twice, and its
+-- repeat arrive after the next agent's.
 local function register(keys, args)
-  local p, node, incarnation = keys[1], args[1], args[2]
+  local p, node, incarnation, machine = keys[1], args[1], args[2], args[4]
   local key = p .. 'n:' .. node
   local record = redis.call('HMGET', key, 'incarnation', 'fenced', 'past', 'cordon_by', 'left', 'remove')
-  if record[2] == incarnation then return 'FENCED' end
+  local past = record[3] or ''
+  if record[2] == incarnation then return { 'FENCED' } end
+  if record[1] ~= incarnation and string.find(past, incarnation .. ' ', 1, true) then return { 'FENCED' } end
+  local now = now_ms()
+  local problem = inventory_problem(p, node, args)
+  if problem then
+    redis.call('HSET', p .. 'refused', node, now .. ' ' .. problem)
+    return { 'REFUSED', problem }
+  end
   if record[1] ~= incarnation then
-    local past = record[3] or ''
-    if string.find(past, incarnation .. ' ', 1, true) then return 'FENCED' end
     if record[1] then past = string.sub(record[1] .. ' ' .. past, 1, PAST_BYTES) end
-    local now = now_ms()
     close_all_of(p, node, 'AgentRestarted', now)
     redis.call('HSET', key, 'past', past, 'registered', now)
-    -- An operator's cordon is about the node. The autoscaler's was about a removal, and so was one that has taken place.
-    if record[4] == 'autoscaler' or (record[5] == '1' and record[6] == '1') then uncordon(key) end
+    redis.call('HDEL', p .. 'hb:' .. node, 'address') -- until a Dask worker of this incarnation reports
+    -- An operator's cordon is about the node. The others' were about this incarnation, and so was a removal that has taken
+    -- place: the agent left, or was lost.
+    local removed = record[6] == '1' and (record[5] == '1' or (record[1] and record[2] == record[1]))
+    if record[4] ~= 'operator' or removed then uncordon(key) end
   end
-  redis.call('HSET', key, 'incarnation', incarnation, 'info', args[3], 'left', '', 'gone', '')
+  release_devices(p, node)
+  for i = 5, #args, 2 do redis.call('HSET', p .. 'dv:' .. machine, args[i], node) end
+  redis.call('HDEL', p .. 'refused', node)
+  redis.call('HSET', key, 'incarnation', incarnation, 'info', args[3], 'machine', machine, 'left', '', 'gone', '')
   redis.call('HINCRBY', key, 'beat', 1)
   redis.call('SADD', p .. 'nodes', node)
   redis.call('PUBLISH', p .. 'ctl', 'plan')
-  return 'OK'
+  return { 'OK' }
 end
 
 -- node, incarnation, then (slot, i|b) …: {word, slot, word, slot …}; the first word is OK or FENCED.
@@ -236,6 +291,7 @@ local function lead(keys, args)
   elseif step == 'take' and current.token == token and (current.beat == seen or current.holder == '') then
     current = { token = tostring(tonumber(token) + 1), beat = '0', holder = holder }
     redis.call('HSET', key, 'token', current.token, 'beat', '0', 'holder', holder, 'held', '0')
+    redis.call('HDEL', key, 'dask', 'dask_since')
     word = 'OK'
   elseif current.token == token and current.holder == holder then
     if step == 'renew' then
@@ -256,6 +312,16 @@ local function planned(keys, args)
   if not leads(p, args[1]) then return 'STALE' end
   redis.call('HSET', p .. 'leader', 'held', args[2])
   for i = 3, #args, 2 do redis.call('HSET', p .. 'sh:' .. args[i], 'wake_at', args[i + 1]) end
+  return 'OK'
+end
+
+-- token, ok or down: whether the leader reaches the Dask scheduler.
+local function reached(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1]) then return 'STALE' end
+  if redis.call('HGET', p .. 'leader', 'dask') ~= args[2] then
+    redis.call('HSET', p .. 'leader', 'dask', args[2], 'dask_since', now_ms())
+  end
   return 'OK'
 end
 
@@ -289,11 +355,16 @@ local function journal(keys, args)
   return redis.call('XADD', p .. 'journal', 'MAXLEN', '~', args[3], '*', 'd', args[2])
 end
 
--- Forgets nodes that left or were lost before a time, and hold nothing.
+-- Forgets nodes that left or were lost before a time, and hold nothing; and refusals of registrations from before it.
 local function sweep_nodes(p, before)
+  local refused = redis.call('HGETALL', p .. 'refused')
+  for i = 1, #refused, 2 do
+    if tonumber(string.match(refused[i + 1], '^%d+')) < before then redis.call('HDEL', p .. 'refused', refused[i]) end
+  end
   for _, node in ipairs(redis.call('SMEMBERS', p .. 'nodes')) do
     local gone = tonumber(redis.call('HGET', p .. 'n:' .. node, 'gone') or '')
     if gone and gone < before and redis.call('SCARD', p .. 'ns:' .. node) == 0 then
+      release_devices(p, node)
       redis.call('SREM', p .. 'nodes', node)
       redis.call('DEL', p .. 'n:' .. node, p .. 'hb:' .. node)
     end
@@ -344,4 +415,5 @@ redis.register_function { function_name = 'ry_lost', callback = lost, flags = { 
 redis.register_function { function_name = 'ry_leave', callback = leave, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_lead', callback = lead, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_planned', callback = planned, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_reached', callback = reached, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_sweep', callback = sweep, flags = { 'allow-oom' } }

@@ -51,11 +51,14 @@ local function nodes_of(p)
   return nodes
 end
 
--- look ("1": the controller, which takes note of what asked for it; "0": anybody): {now, queues, slots, nodes}.
+-- look ("1": the controller, which takes note of what asked for it; "0": anybody): {now, queues, slots, nodes, refused nodes
+-- with when and why, whether the leader reaches Dask and since when}.
 local function state(keys, args)
   local p = keys[1]
   local now = now_ms()
-  return { now, queues_of(p, args[1] == '1', now), slots_of(p), nodes_of(p) }
+  local dask = redis.call('HMGET', p .. 'leader', 'dask', 'dask_since')
+  return { now, queues_of(p, args[1] == '1', now), slots_of(p), nodes_of(p), redis.call('HGETALL', p .. 'refused'),
+    { dask[1] or '', dask[2] or '' } }
 end
 
 local LIST_FIELDS = { 'state', 'function', 'attempt', 'shape', 'node', 'created', 'queued', 'started', 'finished',

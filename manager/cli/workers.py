@@ -1,0 +1,128 @@
+"""Commands that say what nodes may take on, and which slots are open ahead of need. All go over the REST API."""
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from manager.cli.exits import Exit
+from manager.cli.session import Session, command
+
+if TYPE_CHECKING:
+    from manager.client import Client
+    from manager.core.answers import Unloaded, WarmView, WorkerView
+
+POLL_S: Final = 0.5
+
+
+def _change(session: Session, view: "WorkerView") -> int:
+    from manager.cli.screens_cluster import worker_line
+
+    session.emit(view, worker_line)
+    return Exit.OK
+
+
+@command("cordon", client=True)
+@click.argument("node")
+def cordon(session: Session, *, node: str) -> int:
+    """Have nothing new placed on NODE; what is open there goes on."""
+    with session.client() as client:
+        return _change(session, client.cordon(node))
+
+
+@command("uncordon", client=True)
+@click.argument("node")
+def uncordon(session: Session, *, node: str) -> int:
+    """Have NODE take on work again, whether it was cordoned or drained."""
+    with session.client() as client:
+        return _change(session, client.uncordon(node))
+
+
+@command("drain", client=True)
+@click.argument("node")
+@click.option("--deadline", metavar="DURATION", help="Such as 5m: what still runs then goes back to the queue.")
+@click.option("--remove", is_flag=True, help="Once it is empty, end its agent for good.")
+@click.option("--wait", is_flag=True, help="Return when it is empty (and gone, with --remove).")
+def drain(session: Session, *, node: str, deadline: str | None, remove: bool, wait: bool) -> int:
+    """Empty NODE: nothing new is placed there, and its slots end at their next task boundary.
+
+    Without a deadline, running tasks take as long as they take. Nobody is blamed for what goes back to the queue.
+    """
+    with session.client() as client:
+        view: WorkerView | None = client.drain(node, deadline, remove=remove)
+        if wait:
+            view = _wait_until_empty(client, node, view, remove=remove)
+    if view is not None:
+        return _change(session, view)
+    session.note(f"{node} is gone")
+    return Exit.OK
+
+
+def _wait_until_empty(client: "Client", node: str, view: "WorkerView | None", *, remove: bool) -> "WorkerView | None":
+    """The node once it is drained; None where it is gone, which it is to be if `remove`.
+
+    Raises:
+        RocyardError: somebody has lifted the drain, or the node is lost.
+    """
+    from manager.core.answers import WorkerState
+    from manager.core.errors import NotFound, RocyardError
+
+    while view is not None:
+        if view.cordon != "drain":
+            raise RocyardError(f"{node} is not being drained any more: somebody has changed that.")
+        gone = view.state in {WorkerState.LEFT, WorkerState.LOST}
+        if gone or (view.slots == 0 and not remove):
+            return view
+        time.sleep(POLL_S)
+        try:
+            view = client.worker(node)
+        except NotFound:
+            return None
+    return None
+
+
+@command("warm", client=True)
+@click.argument("function", required=False)
+@click.option(
+    "--slots", type=click.IntRange(0, 10_000), default=1, help="How many; 1 if left out, 0: no more than work asks for."
+)
+@click.option("--for", "seconds", metavar="DURATION", required=True, help="For how long, such as 10m.")
+@click.option("-m", "--memory", metavar="SIZE", help="Of each slot, such as 24GiB; the function's if left out.")
+@click.option("-g", "--gpus", type=click.IntRange(1, 64), help="Devices of each slot; the function's if left out.")
+def warm(session: Session, *, function: str | None, slots: int, seconds: str, memory: str | None, gpus: int | None) -> int:
+    """Keep slots open for FUNCTION (or for a size) although nothing waits, so that its next tasks start at once.
+
+    They end, the last of all idle ones, where other work waits for their memory.
+    """
+    if function is None and memory is None:
+        raise click.UsageError("name a function, or a size with --memory")
+
+    def said(view: "WarmView") -> str:
+        from manager.cli.text import clock, count, memory
+
+        what = count(view.slots, "slot")
+        return f"{what} of {memory(view.memory_bytes, view.gpus)} kept open until {clock(view.until_at)}"
+
+    with session.client() as client:
+        session.emit(client.warm(function, slots=slots, for_=seconds, memory=memory, gpus=gpus), said)
+    return Exit.OK
+
+
+@command("unload", client=True)
+@click.argument("function", required=False)
+@click.option("--all", "everything", is_flag=True, help="Those of every function.")
+@click.option("-m", "--memory", metavar="SIZE", help="Those of that size; the function's if left out.")
+@click.option("-g", "--gpus", type=click.IntRange(1, 64), help="With so many devices; the function's if left out.")
+def unload(session: Session, *, function: str | None, everything: bool, memory: str | None, gpus: int | None) -> int:
+    """Close idle slots for FUNCTION now, and with them the models that they have loaded."""
+    if everything == (function is not None or memory is not None):
+        raise click.UsageError("name a function, or a size with --memory, or say --all")
+
+    def said(view: "Unloaded") -> str:
+        from manager.cli.text import count
+
+        return f"{count(view.slots, 'idle slot')} of {count(view.shapes, 'shape')} to be closed"
+
+    with session.client() as client:
+        session.emit(client.unload(function, all=everything, memory=memory, gpus=gpus), said)
+    return Exit.OK
