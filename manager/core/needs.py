@@ -13,6 +13,8 @@ UNKNOWN_RUN_S: Final = 1.0
 """A shape whose run time is not known is taken to need this, so that long tasks start side by side at once."""
 UNKNOWN_OPEN_MAX: Final = 4
 """But so many slots at first: a burst of tiny tasks must not start a process for each."""
+LOADING_S: Final = 20.0
+"""A slot that has ended nothing for so long is not loading: it is at work on something longer than was learned."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -68,7 +70,8 @@ def slots_wanted(queue: QueueRow, slots: Sequence[SlotRow], now_ms: int, limits:
         needed = min(needed, max(UNKNOWN_OPEN_MAX, 2 * len(slots) if settled else len(slots)))
     elif (
         settled
-        and all(slot.served for slot in slots)  # else some are loading what they need, and will help when they have
+        # Else some are loading what they need, and will help when they have; or so it is taken for a while.
+        and all(slot.served or now_ms - (slot.opened_ms or now_ms) > LOADING_S * 1000 for slot in slots)
         and queue.head_queued_ms is not None
         and now_ms - queue.head_queued_ms > target_ms
     ):

@@ -55,8 +55,13 @@ def test_slots_wanted(depth, slots, run_s, waited_s, served_max, expected):
 
 def test_slots_that_load_what_they_need_are_waited_for():
     queue = make.queue("x", make.shape(1), 10, run_s=0.001, waited_s=5)
-    loading = [*busy(2, served=3), make.opened("x9", "x", "a", "d0", served=0)]
+    loading = [*busy(2, served=3), make.opened("x9", "x", "a", "d0", served=0, age_s=5)]
     assert slots_wanted(queue, loading, make.NOW_MS, make.LIMITS) == 1
+
+
+def test_slots_that_are_all_at_work_on_a_long_first_task_are_doubled():
+    queue = make.queue("x", make.shape(1), 10, run_s=0.001, waited_s=5)
+    assert slots_wanted(queue, busy(3, served=0, age_s=30), make.NOW_MS, make.LIMITS) == 6
 
 
 @pytest.mark.parametrize(
