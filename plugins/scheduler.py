@@ -1,9 +1,10 @@
 """The scheduler plugin: holds slots until they fit, then names their worker and devices. Preload it: ``plugins.scheduler``.
 
 A slot's task is given a worker restriction that no worker meets, so Dask keeps it in its own ``no-worker`` state; when the
-ledger has room the restriction becomes the chosen worker's address. Hooks only change the ledger and ask for a pump; all
-transitions are started from the pump, which runs in a turn of the event loop of its own. Dask swallows exceptions of hooks,
-so each hook is guarded: logged, counted, and GPU work stays held.
+ledger has room the restriction becomes the chosen worker's address. So it is with tasks that people annotate with ``gpu``
+(`plugins.direct_tasks`), each of which gets a slot of its own for each run. Hooks only change the ledger and ask for a pump;
+all transitions are started from the pump, which runs in a turn of the event loop of its own. Dask swallows exceptions of
+hooks, so each hook is guarded: logged, counted, and GPU work stays held.
 """
 
 import asyncio
@@ -13,19 +14,24 @@ from collections.abc import Callable
 from typing import Any, Final, ParamSpec
 
 import msgspec
-from dask._task_spec import Task
+from distributed.comm.addressing import get_address_host
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import Recs, Scheduler, TaskState
 
+from manager.core.gpu_tasks import GPU_ANNOTATION, GpuExplanation
 from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
+from manager.core.lifecycle import SlotKind
 from manager.core.news import News, decode_news
+from manager.core.placement import Placed, place
 from manager.core.shapes import Shape
 from manager.log import get_logger
 from manager.metrics import HOOK_ERRORS, PLACEMENTS, SLOTS
+from plugins.direct_tasks import DirectTask, DirectTasks
+from plugins.gpu_executor import CLOSED_TOPIC
 from plugins.ledger import Assignment, Ledger, SlotRequest
 from plugins.node.link import Report, decode_beat, decode_report
-from plugins.slot import LINK_EXTENSION
+from plugins.slot import ASSIGNED, END_DIRECT_OP, LINK_EXTENSION, Assigned, assignment_of
 
 SENTINEL: Final = "rocyard-hold://"
 """No worker has this address."""
@@ -33,17 +39,11 @@ AGENT_SILENT_S: Final = 1.5
 """A Dask worker whose agent has not answered for this long gets nothing new: saves most that is placed and never opened."""
 ALLOWED_FAILURES: Final = 1_000_000
 """Dask's own blame for deaths of workers is switched off: losses of infrastructure blame nobody."""
+SIZES_MAX: Final = 100
+"""Sizes of Dask tasks that wait, told to the controller: those with the most tasks."""
 
 P = ParamSpec("P")
 log = get_logger("rocyard.scheduler")
-
-
-class GpuAnnotationRefused(RuntimeError):
-    """Dask tasks with a gpu annotation are not placed by this version: submit a task over REST, the CLI or rocyard.Client."""
-
-
-def _refuse(message: str) -> None:
-    raise GpuAnnotationRefused(message)
 
 
 def _guarded(hook: Callable[P, None]) -> Callable[P, None]:
@@ -59,13 +59,14 @@ def _guarded(hook: Callable[P, None]) -> Callable[P, None]:
 
 
 class PlacementPlugin(SchedulerPlugin):
-    """Places slots. One per scheduler."""
+    """Places slots, and Dask tasks that want a GPU. One per scheduler."""
 
     name = "rocyard-placement"
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.ledger = Ledger()
+        self.direct = DirectTasks()
         self.addresses: dict[str, str] = {}  # node → address of its Dask worker
         self.nodes: dict[str, str] = {}  # address → node
         self.news = News()
@@ -79,13 +80,14 @@ class PlacementPlugin(SchedulerPlugin):
             rocyard_dropped=self.rpc_dropped,
             rocyard_keep=self.rpc_keep,
             rocyard_tell=self.rpc_tell,
+            rocyard_explain_direct=self.rpc_explain_direct,
         )
 
     # --- hooks: change the ledger, ask for a pump ---------------------------------------------------------------
 
     def update_graph(self, scheduler: Scheduler, *, keys: set[Any], annotations: dict[str, dict[Any, Any]], **_: Any) -> None:
         """New tasks: those that want a GPU are held, or refused, before anything can be placed."""
-        for key, wanted in (annotations.get("gpu") or {}).items():
+        for key, wanted in (annotations.get(GPU_ANNOTATION) or {}).items():
             task = scheduler.tasks.get(key)
             if task is None or task.state not in ("released", "waiting", "no-worker"):
                 continue
@@ -97,21 +99,24 @@ class PlacementPlugin(SchedulerPlugin):
                 _restrict(task, SENTINEL)
 
     def _take(self, task: TaskState, key: Any, wanted: Any) -> None:
-        request = _slot_request(key, wanted)
-        if request is None:
-            message = str(GpuAnnotationRefused.__doc__)
-            task.run_spec = Task(key, _refuse, message)
-            task.annotations = {name: value for name, value in (task.annotations or {}).items() if name != "gpu"}
+        request = _slot_request(task, wanted)
+        if request is not None:
+            self.ledger.ask(request, time.monotonic())
+            self.ask_pump()
+        elif self.direct.take(task, wanted) is None:
             log.warning("gpu_annotation_refused", key=str(key))
             return
-        _restrict(task, SENTINEL)
-        self.ledger.ask(request)
-        self.ask_pump()
+        _restrict(task, SENTINEL)  # a task that may run already is told us as `no-worker` in a moment
 
     @_guarded
     def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
         """A slot's task has moved: hold it again, or forget it. Only its normal end frees the lease."""
-        if start == finish or not (isinstance(key, str) and key.startswith(SLOT_TASK_PREFIX)):
+        if start == finish:
+            return
+        if (direct := self.direct.by_key.get(key)) is not None:
+            self._direct_moved(direct, start, finish)
+            return
+        if not (isinstance(key, str) and key.startswith(SLOT_TASK_PREFIX)):
             return
         slot_id = key.removeprefix(SLOT_TASK_PREFIX)
         if slot_id not in self.ledger.requests:
@@ -126,10 +131,41 @@ class PlacementPlugin(SchedulerPlugin):
         elif start == "processing" and finish in ("released", "waiting", "no-worker"):
             task.suspicious = 0
             _restrict(task, SENTINEL)
-            self.ledger.hold(slot_id)
+            self.ledger.hold(slot_id, time.monotonic())
             self.ask_pump()
         elif finish == "erred":
             self.ledger.forget(slot_id)
+
+    def _direct_moved(self, direct: DirectTask, start: str, finish: str) -> None:
+        """A task of somebody's has moved. It has a slot while it is ``no-worker`` or ``processing``, and another each time.
+
+        Only a result frees the lease here: Dask tells of it when the agent has closed the slot. After any other end the
+        agent is asked to end the slot, and the lease ends with its answer.
+        """
+        task = self.scheduler.tasks.get(direct.key)
+        if start in ("processing", "no-worker") and finish != "processing":
+            slot_id = self.direct.release(direct, task)
+            if start == "processing" and finish == "memory":
+                self.ledger.ended(slot_id, time.monotonic())
+            else:
+                self.ledger.forget(slot_id)
+                self._end_on_node(slot_id)
+            if task is not None:
+                task.suspicious = 0
+                _restrict(task, SENTINEL)
+            self.ask_pump()
+        if finish == "no-worker" and task is not None:
+            self.ledger.ask(self.direct.want(direct, task), time.monotonic())
+            self.ask_pump()
+        elif finish == "forgotten":
+            del self.direct.by_key[direct.key]
+
+    def _end_on_node(self, slot_id: str) -> None:
+        """Nobody wants what runs in this slot, if it does. A worker that is gone has ended it by that."""
+        grant = self.ledger.index.grants.get(slot_id)
+        address = self.addresses.get(grant.node) if grant is not None else None
+        if address is not None and address in self.scheduler.stream_comms:
+            self.scheduler.worker_send(address, {"op": END_DIRECT_OP, "slot_id": slot_id})
 
     @_guarded
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -140,7 +176,7 @@ class PlacementPlugin(SchedulerPlugin):
             return
         self.addresses[report.node] = worker
         self.nodes[worker] = report.node
-        self.ledger.register(report, time.monotonic())
+        self.ledger.register(report, time.monotonic(), names=(worker, get_address_host(worker)))
         _log_registration(report, worker)
         self.ask_pump()
 
@@ -155,8 +191,13 @@ class PlacementPlugin(SchedulerPlugin):
 
     @_guarded
     def log_event(self, topic: str, msg: Any) -> None:
-        """The only sign that a worker has become able to take tasks."""
-        if isinstance(msg, dict) and msg.get("action") == "worker-status-change" and topic in self.nodes:
+        """A worker has become able to take tasks (there is no other sign of that), or says that slots have ended."""
+        if topic == CLOSED_TOPIC and isinstance(msg, dict):
+            requests = self.ledger.requests
+            mine = [s for s in msg["slots"] if s not in requests or requests[s].kind is SlotKind.DIRECT]
+            self.ledger.closed(mine, time.monotonic())
+            self.ask_pump()
+        elif isinstance(msg, dict) and msg.get("action") == "worker-status-change" and topic in self.nodes:
             self.ask_pump()
 
     # --- the pump: the only place that starts transitions --------------------------------------------------------
@@ -189,7 +230,7 @@ class PlacementPlugin(SchedulerPlugin):
         self._measure()
 
     def _grant(self, assignment: Assignment, recommendations: Recs) -> None:
-        key = SLOT_TASK_PREFIX + assignment.slot_id
+        key = self._key_of(assignment.slot_id)
         task = self.scheduler.tasks.get(key)
         address = self.addresses.get(assignment.grant.node)
         if task is None or address is None or task.state not in ("no-worker", "waiting", "released"):
@@ -197,16 +238,16 @@ class PlacementPlugin(SchedulerPlugin):
         grant = assignment.grant
         _restrict(task, address)
         # Replaced, not changed: the same dict may belong to other tasks of the graph.
-        task.annotations = {
-            **(task.annotations or {}),
-            "gpu_assigned": {"devices": list(grant.devices), "memory_bytes": grant.memory_bytes, "node": grant.node},
-        }
+        assigned = assignment_of(Assigned(assignment.slot_id, grant))
+        task.annotations = {**(task.annotations or {}), ASSIGNED: assigned}
         if task.state == "no-worker":
             recommendations[key] = "processing"
 
     def _verify(self, assignment: Assignment) -> None:
         """What Dask did not start is held again."""
-        key = SLOT_TASK_PREFIX + assignment.slot_id
+        if assignment.slot_id not in self.ledger.requests:
+            return  # it has come and gone: a direct task, whose next run has another slot
+        key = self._key_of(assignment.slot_id)
         task = self.scheduler.tasks.get(key)
         if task is not None and task.state in ("processing", "waiting"):
             PLACEMENTS.labels(result="placed").inc()
@@ -220,6 +261,10 @@ class PlacementPlugin(SchedulerPlugin):
         if task is None:
             self.ledger.forget(assignment.slot_id)
 
+    def _key_of(self, slot_id: str) -> Any:
+        """Dask's key of the slot's task."""
+        return self.direct.keys.get(slot_id, SLOT_TASK_PREFIX + slot_id)
+
     def _measure(self) -> None:
         SLOTS.labels(status="held").set(len(self.ledger.held))
         SLOTS.labels(status="leased").set(len(self.ledger.index.grants))
@@ -227,13 +272,23 @@ class PlacementPlugin(SchedulerPlugin):
     # --- for the controller -----------------------------------------------------------------------------------------
 
     async def rpc_slots(self) -> dict[str, Any]:
-        """Every slot known here, as slot → [state, node] with the states of `Ledger.where`; and each node's address."""
+        """What the controller compares with the store.
+
+        Returns:
+            ``slots``: every slot known here, as slot → [state, node] with the states of `Ledger.where`; of Dask tasks
+            only those with a lease. ``nodes``: each node's address. ``direct``: how many Dask tasks wait for room, by
+            size (`DirectWaiting`).
+        """
         ledger, now_s = self.ledger, time.monotonic()
         slots: dict[str, list[str]] = {slot: ["leased", grant.node] for slot, grant in ledger.index.grants.items()}
         for slot_id, request in ledger.requests.items():
             grant = ledger.index.grants.get(slot_id)
-            slots[slot_id] = [ledger.where(slot_id, now_s), grant.node if grant is not None else request.node]
-        return {"slots": slots, "nodes": dict(self.addresses)}
+            if request.kind is SlotKind.TASKS:
+                slots[slot_id] = [ledger.where(slot_id, now_s), grant.node if grant is not None else request.node]
+            elif grant is not None:
+                slots[slot_id] = [ledger.where(slot_id, now_s), grant.node]
+        direct = [msgspec.structs.asdict(row) for row in ledger.direct_waiting(now_s)[:SIZES_MAX]]
+        return {"slots": slots, "nodes": dict(self.addresses), "direct": direct}
 
     async def rpc_lost(self, node: str, incarnation: str) -> str:
         """The leader has declared an incarnation dead, and ended its slots in the store."""
@@ -268,6 +323,24 @@ class PlacementPlugin(SchedulerPlugin):
         self.ask_pump()
         return "OK"
 
+    async def rpc_explain_direct(self, key: Any) -> Any:
+        """Why a Dask task is where it is: a `GpuExplanation`, as plain values."""
+        return msgspec.to_builtins(self._explain_direct(key))
+
+    def _explain_direct(self, key: Any) -> GpuExplanation:
+        task, direct = self.scheduler.tasks.get(key), self.direct.by_key.get(key)
+        if task is None or direct is None:
+            return GpuExplanation("unknown" if task is None else "plain")
+        ledger, slot_id, shape = self.ledger, direct.slot_id, direct.shape
+        plain = GpuExplanation(task.state, shape.memory_bytes, shape.gpus)
+        if (grant := ledger.index.grants.get(slot_id)) is not None:
+            return msgspec.structs.replace(plain, state="placed", slot_id=slot_id, grant=grant)
+        if slot_id not in ledger.held:
+            return plain
+        answer = place(shape, ledger.allowed(ledger.requests[slot_id]))
+        verdicts = () if isinstance(answer, Placed) else answer.verdicts
+        return msgspec.structs.replace(plain, state="held", before=ledger.held.before(slot_id), verdicts=verdicts)
+
 
 class _Heartbeats:
     """Receives what the worker plugin sends with each Dask heartbeat."""
@@ -295,13 +368,16 @@ def _restrict(task: TaskState, address: str) -> None:
     task.loose_restrictions = False
 
 
-def _slot_request(key: Any, wanted: Any) -> SlotRequest | None:
+def _slot_request(task: TaskState, wanted: Any) -> SlotRequest | None:
     """The request of a slot's task; None for anybody else's."""
+    key = task.key
     if not (isinstance(key, str) and key.startswith(SLOT_TASK_PREFIX) and isinstance(wanted, dict)):
         return None
     if wanted.get("slot") != key.removeprefix(SLOT_TASK_PREFIX):
         return None
-    return SlotRequest(wanted["slot"], msgspec.json.decode(wanted["shape"], type=Shape), wanted.get("node", ""))
+    shape = msgspec.json.decode(wanted["shape"], type=Shape)
+    assert task.priority is not None
+    return SlotRequest(wanted["slot"], shape, wanted.get("node", ""), task.priority)
 
 
 def _log_registration(report: Report, worker: str) -> None:

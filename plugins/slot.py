@@ -4,27 +4,54 @@ What Dask places is this task; the slot itself lives in the agent and outlives i
 """
 
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
+import msgspec
 from distributed import get_worker
 from distributed.worker_state_machine import SecedeEvent
 
+from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
 from plugins.node.link import AgentLink
 
-LINK_EXTENSION = "rocyard"
+LINK_EXTENSION: Final = "rocyard"
 
 
 class GpuWorkNotPlaced(RuntimeError):
     """GPU work reached a worker without having been placed: is the scheduler running its Rocyard plugin?"""
 
 
-def assigned_of(annotations: dict[str, Any] | None) -> tuple[tuple[str, ...], int] | None:
-    """Devices and bytes that the scheduler plugin has granted; None where it has not."""
-    granted = (annotations or {}).get("gpu_assigned")
+class Assigned(msgspec.Struct, frozen=True):
+    """What the scheduler plugin has granted to a task, as it travels in the task's annotations."""
+
+    slot_id: str
+    grant: Grant
+
+
+ASSIGNED: Final = "gpu_assigned"
+"""Name of the annotation."""
+END_DIRECT_OP: Final = "rocyard-end-direct"
+"""What the scheduler says to a Dask worker about a slot that nobody wants any more."""
+
+
+def assigned_of(annotations: Mapping[str, Any] | None) -> Assigned | None:
+    """What the scheduler plugin has granted; None where it has not."""
+    granted = (annotations or {}).get(ASSIGNED)
     if not isinstance(granted, dict):
         return None
-    return tuple(granted["devices"]), int(granted["memory_bytes"])
+    return Assigned(granted["slot"], Grant(granted["node"], tuple(granted["devices"]), int(granted["memory_bytes"])))
+
+
+def assignment_of(assigned: Assigned) -> dict[str, Any]:
+    """The annotation's value: plain, since it travels inside Dask's own messages."""
+    grant = assigned.grant
+    return {
+        "slot": assigned.slot_id,
+        "node": grant.node,
+        "devices": list(grant.devices),
+        "memory_bytes": grant.memory_bytes,
+    }
 
 
 async def run_slot(slot_id: str) -> str:
@@ -40,9 +67,8 @@ async def run_slot(slot_id: str) -> str:
     worker = get_worker()
     key = SLOT_TASK_PREFIX + slot_id
     worker.handle_stimulus(SecedeEvent(key=key, compute_duration=0.0, stimulus_id=f"rocyard-{time.time()}"))
-    granted = assigned_of(worker.state.tasks[key].annotations)
-    if granted is None:
+    assigned = assigned_of(worker.state.tasks[key].annotations)
+    if assigned is None:
         raise GpuWorkNotPlaced
     link: AgentLink = worker.extensions[LINK_EXTENSION].link
-    devices, memory_bytes = granted
-    return await link.open(slot_id, devices, memory_bytes)
+    return await link.open(slot_id, assigned.grant.devices, assigned.grant.memory_bytes)

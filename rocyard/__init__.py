@@ -1,4 +1,4 @@
-"""Rocyard's public face: ``rocyard.Client``, and the errors it raises.
+"""Rocyard's public face: ``rocyard.Client``, ``rocyard.gpu`` for people who use Dask, and the errors of both.
 
     import rocyard
 
@@ -31,7 +31,15 @@ if TYPE_CHECKING:
         Unprocessable,
         UnsupportedMediaType,
     )
+    from manager.core.gpu_tasks import (
+        GpuAnnotationRefused,
+        GpuResultUnreadable,
+        GpuTaskCrashed,
+        GpuTaskError,
+        MemoryExceeded,
+    )
     from rocyard.client import Client
+    from rocyard.gpu_tasks import explain, gpu
 
 __all__ = [
     "BadRequest",
@@ -39,8 +47,13 @@ __all__ = [
     "ClusterUnreachable",
     "Forbidden",
     "FunctionNotFound",
+    "GpuAnnotationRefused",
+    "GpuResultUnreadable",
+    "GpuTaskCrashed",
+    "GpuTaskError",
     "Infeasible",
     "InvalidArguments",
+    "MemoryExceeded",
     "NotFound",
     "QuotaExceeded",
     "RocyardError",
@@ -56,6 +69,8 @@ __all__ = [
     "Unprocessable",
     "UnsupportedMediaType",
     "WaitTimeout",
+    "explain",
+    "gpu",
     "task_request",
 ]
 
@@ -68,6 +83,13 @@ _ELSEWHERE: Final = {
     "TaskFailed": "manager.client_errors",
     "UnexpectedAnswer": "manager.client_errors",
     "WaitTimeout": "manager.client_errors",
+    "gpu": "rocyard.gpu_tasks",
+    "explain": "rocyard.gpu_tasks",
+    "GpuAnnotationRefused": "manager.core.gpu_tasks",
+    "GpuResultUnreadable": "manager.core.gpu_tasks",
+    "GpuTaskCrashed": "manager.core.gpu_tasks",
+    "GpuTaskError": "manager.core.gpu_tasks",
+    "MemoryExceeded": "manager.core.gpu_tasks",
 }
 
 

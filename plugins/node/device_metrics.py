@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from manager.core.devices import Device
 from manager.core.model import DeviceUse
 from manager.metrics import (
+    DEVICE_HEALTHY,
     DEVICE_MEMORY_FOREIGN,
     DEVICE_MEMORY_LEASED,
     DEVICE_MEMORY_TOTAL,
@@ -33,6 +34,7 @@ class DeviceMetrics:
             DEVICE_MEMORY_LEASED.labels(**labels).set(sum(leases.get(device.uuid, {}).values()))
             use = by_uuid.get(device.uuid)
             if use is not None:
+                DEVICE_HEALTHY.labels(**labels).set(use.healthy)
                 DEVICE_MEMORY_USED.labels(**labels).set(use.used_bytes)
                 DEVICE_MEMORY_FOREIGN.labels(**labels).set(use.foreign_bytes)
                 if use.utilisation_ratio is not None:

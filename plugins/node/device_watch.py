@@ -62,7 +62,7 @@ class DeviceWatch:
 
     def _take(self, probe: Probe, slots: SlotTable) -> None:
         self.devices = probe.devices or self.devices
-        sessions = {runner.work.session: runner.slot_id for runner in slots.live.values()}
+        sessions = {runner.session: runner.slot_id for runner in slots.live.values()}
         leases: dict[str, dict[str, int]] = {device.uuid: {} for device in self.devices}
         for runner in slots.live.values():
             for uuid in runner.grant.devices:

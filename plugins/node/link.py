@@ -3,9 +3,13 @@
 The worker holds no right to tasks. It asks the agent to open a slot (and waits on that connection until the slot has
 ended), for the report that it registers with, and for the devices' last readings. The agent numbers its Dask workers:
 a request of another generation than the newest is refused.
+
+A slot outlives the worker that asked for it. Only a direct slot, which runs one Dask task of somebody's, does not: it ends
+when the connection that asked for it does.
 """
 
 import asyncio
+import enum
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -26,6 +30,39 @@ class OpenSlot(msgspec.Struct, frozen=True, tag="open"):
     slot_id: str
     devices: tuple[str, ...]
     memory_bytes: int
+
+
+class OpenDirect(msgspec.Struct, frozen=True, tag="open-direct"):
+    """Run one Dask task in a slot of its own; the answer comes when nothing is left of the slot.
+
+    Attributes:
+        generation: of the worker.
+        slot_id: fresh for each request.
+        devices, memory_bytes: what was granted.
+        call_path: file with the pickled call.
+        result_path: where its outcome is to be written.
+    """
+
+    generation: int
+    slot_id: str
+    devices: tuple[str, ...]
+    memory_bytes: int
+    call_path: str
+    result_path: str
+
+
+class EndDirect(msgspec.Struct, frozen=True, tag="end-direct"):
+    """Nobody wants this Dask task any more; the answer comes when nothing is left of its slot, or never will be.
+
+    Attributes:
+        generation: of the worker; an older one may ask too, since what it ends was its own.
+        slot_id: of an `OpenDirect`, be it on its way, or never sent.
+        gently: the task is told, and gets a moment for its ``finally`` blocks.
+    """
+
+    generation: int
+    slot_id: str
+    gently: bool = True
 
 
 class AskReport(msgspec.Struct, frozen=True, tag="report"):
@@ -83,14 +120,40 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     reason: str
 
 
+class DirectOutcome(enum.StrEnum):
+    """How a direct slot ended."""
+
+    DONE = "done"  # the result file has what the task returned or raised
+    CRASHED = "crashed"  # its process ended before it did
+    MEMORY = "memory"  # it took more device memory than it had asked for
+    AGAIN = "again"  # it is not at fault and may run again: cancelled, pre-empted, refused
+
+
+class DirectEnded(msgspec.Struct, frozen=True, tag="direct-ended"):
+    """A direct slot has ended, or was never opened.
+
+    Attributes:
+        outcome: how.
+        detail: in words.
+        opened: whether it had been opened.
+        stdout, stderr: the last of what the task wrote.
+    """
+
+    outcome: DirectOutcome
+    detail: str = ""
+    opened: bool = True
+    stdout: bytes = b""
+    stderr: bytes = b""
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """The request came from a Dask worker that was replaced."""
 
     reason: str
 
 
-Request = OpenSlot | AskReport | AskBeat
-Answer = Report | Beat | Ended | Refused
+Request = OpenSlot | OpenDirect | EndDirect | AskReport | AskBeat
+Answer = Report | Beat | Ended | DirectEnded | Refused
 
 _decode_request = msgspec.msgpack.Decoder(Request).decode
 _decode_answer: Final[Callable[[bytes], Answer]] = msgspec.msgpack.Decoder(Answer).decode
@@ -144,6 +207,28 @@ class AgentLink:
             case _:
                 raise LinkBroken(f"the agent answered {answer!r}")
 
+    async def run_direct(self, grant: Grant, slot_id: str, call_path: str, result_path: str) -> DirectEnded:
+        """Have a Dask task run in a slot of its own, and wait until nothing is left of it. Giving up the wait ends it.
+
+        Raises:
+            LinkBroken: the agent went away, and the task with it; or this worker was replaced.
+        """
+        request = OpenDirect(self.generation, slot_id, grant.devices, grant.memory_bytes, call_path, result_path)
+        answer = await self._ask(request, None)
+        if not isinstance(answer, DirectEnded):
+            raise LinkBroken(f"the agent answered {answer!r}")
+        return answer
+
+    async def end_direct(self, slot_id: str) -> None:
+        """Have a direct slot ended; returns when nothing is left of it, and it will never be opened.
+
+        Raises:
+            LinkBroken: the agent went away.
+        """
+        answer = await self._ask(EndDirect(self.generation, slot_id), None)
+        if not isinstance(answer, Ended):
+            raise LinkBroken(f"the agent answered {answer!r}")
+
     async def _ask(self, request: Request, deadline_s: float | None) -> Answer:
         try:
             async with asyncio.timeout(deadline_s):
@@ -164,14 +249,18 @@ class AgentLink:
 
 
 async def serve_link(path: str, answer: Callable[[Request], Awaitable[Answer]]) -> asyncio.Server:
-    """The agent's side: `answer` is awaited for each request; a connection that goes away cancels nothing."""
+    """The agent's side: `answer` is awaited for each request. Who hangs up on a direct slot has it ended; nothing else is."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         frames = FrameReader()
         try:
             while data := await reader.read(READ_BYTES):
                 for body in frames.feed(data):
-                    writer.write(pack(await answer(_decode_request(body))))
+                    request = _decode_request(body)
+                    if isinstance(request, OpenDirect):
+                        writer.write(pack(await _while_connected(request, reader, answer)))
+                    else:
+                        writer.write(pack(await answer(request)))
                     await writer.drain()
         except (OSError, ValueError, msgspec.MsgspecError):
             pass  # a broken peer ends its own connection and nothing else
@@ -179,6 +268,20 @@ async def serve_link(path: str, answer: Callable[[Request], Awaitable[Answer]]) 
             writer.close()
 
     return await asyncio.start_unix_server(handle, path)
+
+
+async def _while_connected(
+    request: OpenDirect, reader: asyncio.StreamReader, answer: Callable[[Request], Awaitable[Answer]]
+) -> Answer:
+    """The answer; the slot is ended as soon as its Dask worker is gone, since nobody would hear how it ended."""
+    answering = asyncio.ensure_future(answer(request))
+    hanging_up = asyncio.ensure_future(reader.read(1))  # a worker sends nothing more on this connection
+    await asyncio.wait({answering, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
+    if not answering.done():
+        await answer(EndDirect(request.generation, request.slot_id, gently=False))
+    hanging_up.cancel()
+    await asyncio.wait({hanging_up})  # the stream has one reader at a time
+    return await answering
 
 
 def encode_report(report: Report | Beat) -> bytes:

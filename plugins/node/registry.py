@@ -17,14 +17,13 @@ import msgspec
 
 from manager.core import wire
 from manager.core.errors import SettingsError
-from manager.core.functions import NAME_PATTERN, PublishedFunction, is_function_name
+from manager.core.functions import DEFAULT_ENVIRONMENT, NAME_PATTERN, PublishedFunction, is_function_name
 from manager.core.quantities import parse_memory
 from manager.core.shapes import GPUS_MAX, Resources
 from manager.settings import FunctionSettings
 from plugins.node.executors import describe
 
 ENTRY_POINT_GROUP: Final = "rocyard.functions"
-DEFAULT_ENVIRONMENT: Final = "default"
 
 BUILTINS: Final[Mapping[str, FunctionSettings]] = {
     "echo": FunctionSettings(target="plugins.node.functions.basic:echo", memory="256MiB"),

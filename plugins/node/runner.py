@@ -22,6 +22,7 @@ BATCH_S: Final = 0.005
 BATCH_MAX: Final = 16
 STORE_PAUSE_S: Final = (0.1, 1.0)
 FAILED: Final = "ExecutorsFail"
+DRAINED: Final = "Drain"
 
 log = get_logger("rocyard.slot")
 
@@ -45,6 +46,17 @@ class SlotRunner:
         self.work = SlotExecutor(slot_id, grant, context)
         self._wake = asyncio.Event()
         self._closing: Ending | None = None
+        self._draining = False
+
+    @property
+    def opened(self) -> bool:
+        """Whether the store has it open."""
+        return self.shape is not None
+
+    @property
+    def session(self) -> int | None:
+        """Session id of all processes of its executor."""
+        return self.work.session
 
     # --- what others tell it ------------------------------------------------------------------------------------
 
@@ -61,6 +73,11 @@ class SlotRunner:
         self._closing = why if self._closing is None or why is Ending.FENCED else self._closing
         self.work.end(why)
         self.work.news.set()
+        self._wake.set()
+
+    def drain(self) -> None:
+        """End at the next task boundary: the agent is about to stop."""
+        self._draining = True
         self._wake.set()
 
     def exceeded(self, used_bytes: int) -> None:
@@ -89,7 +106,7 @@ class SlotRunner:
     async def _serve(self, shape: Shape) -> str:
         starting = asyncio.create_task(self.work.start(shape))  # while the first claim is under way
         try:
-            while self._closing is None:
+            while self._closing is None and not self._draining:
                 self._wake.clear()
                 reply = await self._next(self._batch_size())
                 match reply.word:
@@ -103,7 +120,7 @@ class SlotRunner:
                         self.idle = False
                     case word:
                         return Ending.FENCED if word == "FENCED" else word.capitalize()
-            return self._closing
+            return self._closing or DRAINED
         finally:
             await asyncio.wait({starting})
 

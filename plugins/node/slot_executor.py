@@ -245,7 +245,7 @@ class SlotExecutor:
     def _on_exit(self, end: Exit) -> None:
         fresh = self._served == 0
         self._executor = None
-        ended = _ended_by(end.returncode)
+        ended = ended_by(end.returncode)
         meant = end.asked and self._ending is not None
         if end.started is not None:
             out = end.output
@@ -341,7 +341,8 @@ class SlotExecutor:
         self._arm(min(left_s, LOG_PERIOD_S))
 
 
-def _ended_by(returncode: int) -> str:
+def ended_by(returncode: int) -> str:
+    """How a process ended, by its status as `subprocess` has it, in words that follow its name."""
     if returncode >= 0:
         return f"ended with exit status {returncode}"
     try:

@@ -5,6 +5,7 @@ until nothing of it is left: a report made in between must have it.
 """
 
 import asyncio
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -15,7 +16,8 @@ from manager.core.errors import StoreUnavailable
 from manager.core.index import Grant
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS
-from plugins.node.link import LiveSlot, OpenSlot
+from plugins.node.direct import DirectRunner
+from plugins.node.link import DirectEnded, DirectOutcome, EndDirect, LiveSlot, OpenDirect, OpenSlot
 from plugins.node.runner import SlotRunner
 from plugins.node.slot_executor import Ending, SlotContext
 
@@ -40,6 +42,7 @@ class SlotTable:
     Attributes:
         live: by id.
         closed: ids of the slots that ended last.
+        cordoned: nothing new is to come, so that the end of a slot is news for the store.
     """
 
     def __init__(
@@ -54,12 +57,15 @@ class SlotTable:
         self.node = node
         self.slots_max = slots_max
         self.reserve_bytes = reserve_bytes
-        self.live: dict[str, SlotRunner] = {}
+        self.live: dict[str, SlotRunner | DirectRunner] = {}
         self.closed: deque[str] = deque(maxlen=CLOSED_KEPT)
+        self.cordoned = False
+        self._draining = False
         self._devices = devices
         self._context = context
         self._ask_beat = ask_beat
         self._tasks: set[asyncio.Task[None]] = set()
+        self._direct_starts = asyncio.Semaphore(len(os.sched_getaffinity(0)))
 
     # --- what the Dask worker asks ------------------------------------------------------------------------------
 
@@ -79,8 +85,51 @@ class SlotTable:
                 log.error("slot_over_committed", slot=slot_id, problem=problem)
                 return "OverCommitted"
             runner = self.live[slot_id] = SlotRunner(slot_id, grant, self._context())
+            if self._draining:
+                runner.drain()  # it closes as soon as it is open, and another one is planned elsewhere
             self._spawn(self._serve(runner))
         return await asyncio.shield(runner.finished)
+
+    async def open_direct(self, request: OpenDirect) -> DirectEnded:
+        """Run a Dask task in a slot of its own; returns when nothing is left of it."""
+        slot_id = request.slot_id
+        runner = self.live.get(slot_id)
+        if runner is None:
+            grant = Grant(self.node, request.devices, request.memory_bytes)
+            if slot_id in self.closed or not request.devices:
+                problem: str | None = "Gone"
+            elif self._draining:
+                problem = "Draining"
+            elif (problem := self._over(grant)) is not None:
+                log.error("slot_over_committed", slot=slot_id, problem=problem)
+            if problem is not None:
+                self.closed.append(slot_id)
+                return DirectEnded(DirectOutcome.AGAIN, problem, opened=False)
+            runner = self.live[slot_id] = DirectRunner(request, grant, self._context(), self._direct_starts)
+            self._spawn(self._serve_direct(runner))
+        await asyncio.shield(runner.finished)
+        return runner.outcome if isinstance(runner, DirectRunner) else DirectEnded(DirectOutcome.AGAIN, "Gone", opened=False)
+
+    async def end_direct(self, request: EndDirect) -> str:
+        """End a direct slot, opened or not; returns when nothing is left of it, and it will never be opened."""
+        runner = self.live.get(request.slot_id)
+        if runner is None:
+            if request.slot_id not in self.closed:
+                self.closed.append(request.slot_id)
+            return "Gone"
+        if not isinstance(runner, DirectRunner):
+            return "Kept"  # a Dask worker has no say about slots of the leader's
+        if request.gently:
+            runner.end_gently()
+        else:
+            runner.end(Ending.STOPPED)
+        return await asyncio.shield(runner.finished)
+
+    async def _serve_direct(self, runner: DirectRunner) -> None:
+        try:
+            await runner.run()
+        finally:
+            self._gone(runner)
 
     async def _serve(self, runner: SlotRunner) -> None:
         """From the store's word to the slot's end."""
@@ -103,11 +152,17 @@ class SlotTable:
             LOOP_ERRORS.labels(loop="slot").inc()
             log.exception("loop_failed", loop="slot", slot=runner.slot_id)
         finally:
-            shutil.rmtree(context.scratch / runner.slot_id, ignore_errors=True)
-            self.live.pop(runner.slot_id, None)
-            self.closed.append(runner.slot_id)
+            self._gone(runner)
             if not runner.finished.done():
                 runner.finished.set_result("Refused")
+
+    def _gone(self, runner: SlotRunner | DirectRunner) -> None:
+        """Nothing is left of it."""
+        shutil.rmtree(runner.context.scratch / runner.slot_id, ignore_errors=True)
+        self.live.pop(runner.slot_id, None)
+        self.closed.append(runner.slot_id)
+        if self.cordoned:
+            self._ask_beat()
 
     def _over(self, grant: Grant) -> str | None:
         """What is leased on these devices, and this, must fit; why not, or None."""
@@ -126,7 +181,7 @@ class SlotTable:
 
     def beats(self) -> list[tuple[str, bool]]:
         """Each slot that the store has opened, and whether it is idle."""
-        return [(runner.slot_id, runner.idle) for runner in self.live.values() if runner.shape is not None]
+        return [(runner.slot_id, runner.idle) for runner in self.live.values() if runner.opened]
 
     def tell(self, slot_id: str, word: str) -> None:
         """A word of the beat's reply about one slot."""
@@ -137,6 +192,8 @@ class SlotTable:
             runner.end(Ending.FENCED)
         elif word == "preempt":
             runner.end(Ending.PREEMPTED)
+        elif isinstance(runner, DirectRunner):
+            return  # it has no work but its own, and ends with its task
         elif word.startswith("cancel:"):
             runner.cancel({word.removeprefix("cancel:")})
         else:
@@ -150,7 +207,7 @@ class SlotTable:
                 runner.wake()
             self._ask_beat()
         elif (told := self.live.get(slot_id)) is not None:
-            if word == "cancel":
+            if word == "cancel" and isinstance(told, SlotRunner):
                 self._spawn(self._cancel(told))
                 return
             told.wake()
@@ -162,6 +219,15 @@ class SlotTable:
             runner.cancel(await runner.context.store.cancels(runner.slot_id))
         except StoreUnavailable:
             self._ask_beat()  # the beat tells again
+
+    async def drain(self) -> None:
+        """Have every slot end at its next task boundary; returns when none is left."""
+        self._draining = True
+        while self.live:
+            runners = list(self.live.values())
+            for runner in runners:
+                runner.drain()
+            await asyncio.wait([runner.finished for runner in runners], return_when=asyncio.FIRST_COMPLETED)
 
     async def end_all(self, why: Ending, timeout_s: float) -> None:
         """End every slot and wait until nothing of them is left."""

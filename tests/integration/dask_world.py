@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,19 @@ from manager.core.shapes import Shape
 from manager.dask_side import DaskSide
 from manager.metrics import HOOK_ERRORS
 from plugins.ledger import Ledger
+from plugins.node.functions.direct import run_call
 from plugins.node.link import (
     AgentLink,
     Answer,
     AskBeat,
     AskReport,
     Beat,
+    DirectEnded,
+    DirectOutcome,
+    EndDirect,
     Ended,
     LiveSlot,
+    OpenDirect,
     OpenSlot,
     Refused,
     Report,
@@ -64,6 +69,11 @@ class PlayedAgent:
         self.generation = 0
         self.live: dict[str, Grant] = {}
         self.endings: dict[str, asyncio.Future[str]] = {}
+        self.direct: dict[str, OpenDirect] = {}  # of those that live, the ones that run a Dask task
+        self.ended: list[str] = []  # every request to end such a one
+        self.ending = asyncio.Event()  # set: what it is asked to end ends at once
+        self.ending.set()
+        self.cordoned = False  # as the store would have it, before anybody has told the scheduler
         self.closed: list[str] = []
         self.asked: list[str] = []  # every request to open, adoptions too
         self.frozen = asyncio.Event()  # set: it answers
@@ -73,7 +83,7 @@ class PlayedAgent:
 
     async def answer(self, request: Request) -> Answer:
         await self.frozen.wait()
-        if request.generation != self.generation:
+        if request.generation != self.generation and not isinstance(request, EndDirect):
             return Refused("an older worker")
         match request:
             case AskReport():
@@ -88,6 +98,32 @@ class PlayedAgent:
                         return Ended("Gone")
                     self.open(slot_id, Grant(self.node, request.devices, request.memory_bytes))
                 return Ended(await asyncio.shield(self.endings[slot_id]))
+            case OpenDirect(slot_id=slot_id):
+                self.asked.append(slot_id)
+                if slot_id in self.closed or self.cordoned:
+                    self.closed.append(slot_id)
+                    return DirectEnded(DirectOutcome.AGAIN, "Cordoned", opened=False)
+                self.open(slot_id, Grant(self.node, request.devices, request.memory_bytes))
+                self.direct[slot_id] = request
+                return DirectEnded(DirectOutcome(await asyncio.shield(self.endings[slot_id])), "as played")
+            case EndDirect(slot_id=slot_id):
+                self.ended.append(slot_id)
+                await self.ending.wait()
+                if slot_id in self.live:
+                    self.close(slot_id, DirectOutcome.AGAIN)
+                elif slot_id not in self.closed:
+                    self.closed.append(slot_id)
+                return Ended("again")
+
+    def finish(self, slot_id: str) -> None:
+        """Run its call, as its executor would, and close it."""
+        self.call(slot_id)
+        self.close(slot_id, DirectOutcome.DONE)
+
+    def call(self, slot_id: str) -> None:
+        """Run its call, as its executor would."""
+        request = self.direct[slot_id]
+        run_call(request.call_path, request.result_path)
 
     def open(self, slot_id: str, granted: Grant) -> None:
         self.live[slot_id] = granted
@@ -99,6 +135,7 @@ class PlayedAgent:
 
     def close(self, slot_id: str, reason: str = "Closed") -> None:
         del self.live[slot_id]
+        self.direct.pop(slot_id, None)
         self.closed.append(slot_id)
         self.endings.pop(slot_id).set_result(reason)
 
@@ -133,8 +170,8 @@ class PlayedAgent:
         self.frozen.set()
         if self.worker is not None:
             await self.worker.close(timeout=1, executor_wait=False, nanny=False)
-        for ending in self.endings.values():
-            ending.set_result("Stopped")
+        for slot_id, ending in self.endings.items():
+            ending.set_result(DirectOutcome.AGAIN if slot_id in self.direct else "Stopped")
         if self.server is not None:
             self.server.close()
 
@@ -216,3 +253,17 @@ def hook_errors() -> float:
 
 def configured() -> Any:
     return dask.config.set(CONFIG)
+
+
+async def worlds(directory: Path) -> AsyncIterator[World]:
+    """A world that is checked when its test ends."""
+    with configured():
+        world = World(directory)
+        before = hook_errors()
+        await world.start()
+        yield world
+        ledger = world.ledger.index
+        await world.stop()
+        assert world.problems == []
+        assert hook_errors() - before == world.hook_errors_expected
+        assert make.over_committed(ledger) == []

@@ -6,8 +6,8 @@ from pathlib import Path
 import dask
 import pytest
 from distributed import Client as DaskClient
-from distributed import KilledWorker
 
+import rocyard
 from manager.core.lifecycle import TaskStatus
 from tests.integration.cluster import Cluster, eventually
 
@@ -31,13 +31,16 @@ def test_plain_futures_run_beside_slots_and_see_no_device(cluster: Cluster) -> N
     assert cluster.wait_all([task])[0].status is TaskStatus.SUCCEEDED  # type: ignore[list-item]
 
 
-def test_a_gpu_annotation_is_refused_clearly(cluster: Cluster) -> None:
+def test_a_gpu_annotation_gives_a_task_a_device_and_a_bad_one_is_refused_clearly(cluster: Cluster) -> None:
     with DaskClient(cluster.dask_address(), timeout=10, set_as_default=False) as client:
         with dask.annotate(gpu={"memory": "16GiB"}):
-            future = client.submit(lambda: 1, pure=False)
-        with pytest.raises(Exception, match="submit a task over REST") as refused:
-            future.result(timeout=30)
-        assert not isinstance(refused.value, KilledWorker | TimeoutError)
+            device = client.submit(lambda: os.environ["ROCYARD_DEVICES"], pure=False)
+        with dask.annotate(gpu={"memory": "16GiB", "devices": 2}):
+            wrong = client.submit(lambda: 1, pure=False)
+        known = {each.uuid for row in cluster.state().nodes for each in row.info.devices}
+        assert device.result(timeout=30) in known
+        with pytest.raises(rocyard.GpuAnnotationRefused, match="'devices', which means nothing"):
+            wrong.result(timeout=30)
 
 
 def test_cancel_and_restart_of_a_client_end_no_slot(cluster: Cluster) -> None:

@@ -4,8 +4,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from manager.core.lifecycle import SlotKind
 from manager.core.quantities import GIB
-from plugins.ledger import KEPT_S, PLACING_S, Assignment, Ledger, SlotRequest
+from plugins.ledger import KEPT_S, PLACING_S, Assignment, DirectWaiting, Ledger, SlotRequest
 from tests.unit import factories as make
 
 D0 = make.grant("a", "d0", 16)
@@ -19,7 +20,7 @@ def book(*reports):
 
 
 def ask(ledger, slot_id, gib=16.0, gpus=1, node=""):
-    ledger.ask(SlotRequest(slot_id, make.shape(gib, gpus), node))
+    ledger.ask(SlotRequest(slot_id, make.shape(gib, gpus), node), 0.0)
 
 
 def decided(ledger, now_s=1.0):
@@ -34,7 +35,7 @@ def test_a_slot_is_held_until_it_fits():
     assert ledger.decide(2.0) == []
     ledger.register(make.report("b", [24]), 3.0)
     assert ledger.decide(3.0) == [Assignment("s", make.grant("b", "d0", 16), fresh=True)]
-    assert ledger.held == {}
+    assert list(ledger.held) == []
 
 
 def test_the_oldest_is_placed_first_and_smaller_ones_are_not_held_up():
@@ -60,7 +61,7 @@ def test_a_lost_dask_task_frees_nothing_and_comes_back_to_its_node():
     ask(ledger, "s")
     decided(ledger)
     ledger.unreachable("a")
-    ledger.hold("s")
+    ledger.hold("s", 1.0)
     assert ledger.decide(2.0) == [], "b has room, but the slot lives on a"
     ask(ledger, "t", 24)
     assert decided(ledger) == {"t": make.grant("b", "d0", 24)}
@@ -80,7 +81,7 @@ def test_a_forgotten_dask_task_frees_nothing():
 
 def test_a_slot_that_dask_does_not_ask_for_is_not_held():
     ledger = book()
-    ledger.hold("stranger")
+    ledger.hold("stranger", 1.0)
     assert ledger.decide(1.0) == []
 
 
@@ -251,6 +252,68 @@ def test_who_fits_elsewhere_goes_there_and_leaves_the_room_that_was_kept():
     assert decided(ledger, 2.0) == {"large": make.grant("b", "d0", 24), "v": make.grant("a", "d0", 12)}
 
 
+# --- Dask tasks of people's own -------------------------------------------------------------------------------------
+
+
+def want(ledger, slot_id, gib=16.0, priority=0, places=(), now_s=0.0):
+    ledger.ask(SlotRequest(slot_id, make.shape(gib), "", (priority,), SlotKind.DIRECT, frozenset(places)), now_s)
+
+
+def test_priority_decides_among_slots_and_dask_tasks():
+    ledger = book()
+    want(ledger, "low", 20, priority=5)
+    ledger.ask(SlotRequest("leader", make.shape(20), priority=(0,)), 0.0)
+    want(ledger, "high", 20, priority=-5)
+    order = []
+    for now_s in (1.0, 2.0, 3.0):
+        (slot_id,) = decided(ledger, now_s)
+        order.append(slot_id)
+        ledger.ended(slot_id, now_s)
+    assert order == ["high", "leader", "low"]
+
+
+@pytest.mark.parametrize("place", ["b", "tcp://b", "host-b"])
+def test_a_place_is_a_node_its_worker_or_its_host(place):
+    ledger = Ledger()
+    for node, gib in (("a", 24), ("b", 48)):
+        ledger.register(make.report(node, [gib]), 0.0, names=(f"tcp://{node}", f"host-{node}"))
+    want(ledger, "there", 16, places={place})
+    want(ledger, "nowhere", 16, places={"tcp://gone"})
+    want(ledger, "anywhere", 16)
+    assert {slot: grant.node for slot, grant in decided(ledger).items()} == {"there": "b", "anywhere": "a"}
+    assert list(ledger.held) == ["nowhere"]
+
+
+def test_what_is_too_large_for_its_place_blocks_nobody_elsewhere():
+    ledger = book(make.report("a", [8]), make.report("b", [48]))
+    want(ledger, "large", 16, priority=-1, places={"a"})
+    want(ledger, "same", 16)
+    assert decided(ledger) == {"same": make.grant("b", "d0", 16)}
+
+
+def test_how_many_wait_is_told_by_size_whatever_their_places():
+    ledger = book()
+    want(ledger, "one", 30, now_s=1.0)
+    want(ledger, "two", 30, places={"a"}, now_s=2.0)
+    want(ledger, "three", 40, now_s=3.0)
+    ask(ledger, "leader", 30)
+    assert ledger.direct_waiting(5.0) == [
+        DirectWaiting(int(30 * GIB), 1, 2, 4.0),
+        DirectWaiting(int(40 * GIB), 1, 1, 2.0),
+    ]
+
+
+def test_the_lease_of_a_task_that_was_let_go_ends_with_the_agents_word():
+    ledger = book()
+    want(ledger, "s", 20)
+    decided(ledger)
+    ledger.forget("s")
+    want(ledger, "t", 20)
+    assert decided(ledger) == {}
+    ledger.closed(["s", "never-heard-of"], 2.0)
+    assert set(decided(ledger)) == {"t"}
+
+
 # --- what Dask does not take ------------------------------------------------------------------------------------------
 
 
@@ -287,6 +350,7 @@ nodes = st.sampled_from("ab")
 gibs = st.integers(1, 24)
 events = st.one_of(
     st.tuples(st.just("ask"), names, gibs, st.integers(1, 2)),
+    st.tuples(st.just("want"), names, gibs, st.integers(-1, 1), st.sampled_from(["", "a", "b"])),
     st.tuples(st.just("hold"), names),
     st.tuples(st.just("forget"), names),
     st.tuples(st.just("closed"), names),
@@ -310,8 +374,11 @@ def test_whatever_comes_nothing_is_promised_twice_and_nobody_is_forgotten(histor
             case "ask", slot, gib, gpus:
                 if slot not in ledger.requests and slot not in ledger.index.grants:
                     ask(ledger, slot, gib, gpus)
+            case "want", slot, gib, priority, place:
+                if slot not in ledger.requests and slot not in ledger.index.grants:
+                    want(ledger, slot, gib, priority, [place] if place else [])
             case "hold", slot:
-                ledger.hold(slot)
+                ledger.hold(slot, now_s)
             case "forget", slot:
                 ledger.forget(slot)
             case "closed", slot:

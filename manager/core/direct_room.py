@@ -1,0 +1,58 @@
+"""Room for Dask tasks that wait for it: which idle slots of the leader's end for them. Pure, a part of the plan.
+
+Dask places these tasks, and the leader opens no slots for them; but a slot that is idle holds memory for nobody. Slots that
+work never end for them: who uses Dask directly has no say about what was promised to others.
+"""
+
+from collections.abc import Container, Iterable
+from typing import Final
+
+from manager.core.closing import Close
+from manager.core.index import Index
+from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
+from manager.core.model import ClusterState
+from manager.core.packing import DirectDemand
+from manager.core.placement import find, victims
+from manager.core.shapes import Shape
+
+SEARCHES_MAX: Final = 16
+"""Tasks that get room in one round; the others follow a moment later. Bounds a round's time."""
+REASON: Final = "DaskTasksWait"
+
+
+def closes_for_direct(
+    state: ClusterState, index: Index, waiting: Iterable[DirectDemand], ending: Container[str]
+) -> list[Close]:
+    """Idle slots that are to end so that what waits finds room, the longest idle first.
+
+    Args:
+        state: one look at the store.
+        index: the ledger that goes with it; not changed.
+        waiting: what waits, by size.
+        ending: slots that end anyway.
+    """
+    scratch = index.copy()
+    costs: dict[str, float] = {}
+    for slot in state.slots:
+        if slot.flag is not SlotFlag.NONE or slot.slot_id in ending:
+            scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
+        elif slot.kind is SlotKind.TASKS and slot.status is SlotStatus.OPEN and slot.idle_ms is not None and not slot.running:
+            costs[slot.slot_id] = 1.0 / (1.0 + max(0.0, (state.now_ms - slot.idle_ms) / 1000))
+    closes: list[Close] = []
+    searches = 0
+    for request in waiting:
+        shape = Shape("", "", request.memory_bytes, request.gpus)
+        for number in range(request.count):
+            fit = find(shape, scratch)
+            if fit is None:
+                chosen = victims(shape, scratch, costs) if costs and searches < SEARCHES_MAX else ()
+                searches += 1
+                for slot_id in chosen:
+                    scratch.free(slot_id)
+                    del costs[slot_id]
+                    closes.append(Close(slot_id, REASON))
+                fit = find(shape, scratch) if chosen else None
+            if fit is None:
+                break
+            scratch.lease(f"direct {request.memory_bytes} {request.gpus} {number}", fit)
+    return closes
