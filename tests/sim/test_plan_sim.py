@@ -26,7 +26,7 @@ from tests.unit import factories as make
 OPEN_S = 0.07
 PERIOD_S = 2.0
 ROUND_PAUSE_S = 0.02
-LIMITS = Limits(drain_target_s=1.0, idle_s=20.0, residence_s=1.0, slots_per_shape_max=64)
+LIMITS = Limits(drain_target_s=1.0, idle_s=20.0, residence_s=1.0, slots_per_shape_max=64, idle_per_node_max=64)
 
 
 class Task(msgspec.Struct):
@@ -171,7 +171,7 @@ class World:
         on_their_way = self.ledger.index.slots_on(node)
         self.register(node)
         for slot_id in on_their_way:
-            self.ledger.hold(slot_id)  # Dask lost its worker before the slot was open
+            self.ledger.hold(slot_id, self.now_s)  # Dask lost its worker before the slot was open
         self.pump()
 
     # --- scheduler and controller -------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class World:
             for _ in range(item.count):
                 slot_id = f"s{next(self.numbers):06}"
                 self.slots[slot_id] = make.requested(slot_id, item.shape_id)
-                self.ledger.ask(SlotRequest(slot_id, self.shapes[item.shape_id]))
+                self.ledger.ask(SlotRequest(slot_id, self.shapes[item.shape_id]), self.now_s)
         for close in answer.close:
             if self.change(close.slot_id, flag=SlotFlag.CLOSE).idle_ms is not None:
                 self.close(close.slot_id)
