@@ -28,7 +28,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 run: $(STAMPS)/base  ## start a whole cluster on this machine (ARGS=… goes to `rocyard up`)
 	exec $(BIN)/rocyard up $(ARGS)
 
-demo: $(STAMPS)/demo  ## train and classify handwritten digits on the cluster, or on one of its own
+demo: $(STAMPS)/demo  ## digits as tasks, then a load for which nodes come and go (ARGS=--quick: only the digits)
 	exec $(BIN)/rocyard demo $(ARGS)
 
 test: lint  ## lint, types and all tests (ARGS=… goes to pytest)

@@ -82,7 +82,8 @@ def main() -> int:
     kinds = [kind for kind in KINDS if kind.function != "matmul" or importlib.util.find_spec("torch")]
     found: list[Cold] = []
     print(f"{'':<30}{'cold p50 ms':>12}{'p90 ms':>10}{'warm p50 ms':>14}")
-    with own_cluster(os.environ, simulate=args.simulate) as cluster, Client(cluster.address) as client:
+    fixed = {"ROCYARD_AUTOSCALER__MODE": "off"}  # how fast nodes are added is not what is measured
+    with own_cluster(os.environ, simulate=args.simulate, variables=fixed) as cluster, Client(cluster.address) as client:
         for kind in kinds:
             # The torch tasks' classes lie above those of the no-ops of as many devices.
             one = measure(client, kind, 25 if kind.function == "matmul" else 1)

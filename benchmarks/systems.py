@@ -65,7 +65,8 @@ def processes_of(system: System) -> list[psutil.Process]:
 @contextlib.contextmanager
 def rocyard(simulate: str) -> Iterator[System]:
     """A whole cluster with authentication, its store syncing always."""
-    with own_cluster(os.environ, simulate=simulate) as cluster:
+    # A fleet that stays as it is: what is measured is not how fast nodes are added.
+    with own_cluster(os.environ, simulate=simulate, variables={"ROCYARD_AUTOSCALER__MODE": "off"}) as cluster:
         url = urlsplit(cluster.address.url)
         assert url.hostname is not None
         assert url.port is not None

@@ -36,12 +36,14 @@ class Command(msgspec.Struct, frozen=True):
         argv: the command.
         stdin: what is written to it, secrets among it.
         stop_s: seconds that it has after SIGTERM.
+        final: exit status after which it is not started again.
     """
 
     name: str
     argv: tuple[str, ...]
     stdin: bytes = b""
     stop_s: float = 10.0
+    final: int | None = None
 
 
 def tied(argv: tuple[str, ...]) -> tuple[str, ...]:
@@ -56,13 +58,21 @@ class Child:
         command: how to start it.
         directory: where its log lies.
         on_restart: told the name when it is started again.
+        on_final: told the name when it has ended for good, by itself.
     """
 
-    def __init__(self, command: Command, directory: Path, on_restart: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        command: Command,
+        directory: Path,
+        on_restart: Callable[[str, int], None],
+        on_final: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.command = command
         self.log_path = directory / f"{command.name}.log"
         self.restarts = 0
         self._on_restart = on_restart
+        self._on_final = on_final
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -106,6 +116,10 @@ class Child:
             began_s = time.monotonic()
             await self._wait_for_exit()
             if self._stopping.is_set():
+                return
+            if self.returncode == self.command.final:
+                log.info("process_ended", process=self.command.name)
+                self._on_final(self.command.name)
                 return
             lived_s = time.monotonic() - began_s
             pause_s = PAUSE_S[0] if lived_s > STEADY_S else min(PAUSE_S[1], pause_s * 2)

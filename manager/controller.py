@@ -5,6 +5,7 @@ of its writes bears its token. It must not run user code and must not place: tha
 """
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -13,7 +14,8 @@ from typing import Final
 
 import msgspec
 
-from manager.core.errors import RocyardError, StoreUnavailable
+from manager.core.direct_room import closes_for_direct
+from manager.core.errors import StoreUnavailable
 from manager.core.ids import new_id
 from manager.core.index import index_of
 from manager.core.leadership import BeatWatch
@@ -25,13 +27,15 @@ from manager.core.planner import Plan, plan
 from manager.core.reconcile import drains, repairs
 from manager.core.shapes import Shape
 from manager.dask_side import DaskSide, DaskUnavailable, RunSlot, SlotOnDask
+from manager.group_needs import GroupNeeds
 from manager.leader import Leadership
+from manager.leader_metrics import LeaderMetrics
 from manager.log import configure_logging, get_logger
 from manager.metrics import LOOP_ERRORS, QUEUE_TASKS, ROUND_DURATION, ROUNDS, SLOTS, serve_metrics
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
 from manager.store.store import connect
-from manager.tls import Role, dask_address, metrics_context, tls_files
+from manager.tls import Role, dask_address, metrics_context, metrics_url, tls_files
 
 ROUND_PAUSE_S: Final = 0.02
 """Between two rounds that were asked for: what is asked for within this time is one round."""
@@ -55,11 +59,19 @@ class Controller:
         holder = f"{socket.gethostname()}/{os.getpid()}/{new_id()}"
         self.leadership = Leadership(store, holder, settings.controller.term_s)
         slots = settings.slots
-        self.limits = Limits(slots.drain_target_s, slots.idle_s, slots.residence_s, slots.slots_per_shape_max)
+        self.limits = Limits(
+            *(slots.drain_target_s, slots.idle_s, slots.residence_s),
+            *(slots.slots_per_shape_max, slots.idle_per_node_max),
+        )
+        self.service = b""
+        self._announced = False
+        self._needs = GroupNeeds(settings)
+        self._metrics = LeaderMetrics(settings.node.beat_s * settings.node.lease_beats)
         self._watch = BeatWatch()
         self._vtimes: dict[str, float] = {}
         self._looked_s: float | None = None
         self._swept_s = 0.0
+        self._told_workers: dict[str, str] | None = None
         self._kept = False
         self._wake = asyncio.Event()
         self._stopping = False
@@ -107,6 +119,9 @@ class Controller:
         try:
             if not await self.leadership.step():
                 self._looked_s = None
+                self._announced = False
+                self._needs.hide()
+                self._metrics.hide()
                 return min(1.0, self.settings.controller.period_s)
             with ROUND_DURATION.time():
                 again_s = await self.round()
@@ -122,24 +137,35 @@ class Controller:
 
     async def round(self) -> float:
         """One round as leader; seconds until the next one is due at the latest."""
+        if not self._announced:
+            # Who leads, and no other, says where the controller's metrics are: the autoscaler decides from them.
+            await self.store.put_service("controller", self.service)
+            self._announced = True
         state = await self.store.look(leader=True)
         self._account(state)
         for status, count in (await self.store.counts()).items():
             QUEUE_TASKS.labels(status=status).set(count)
         await self._fence_silent_nodes(state)
+        now_s = time.monotonic()
+        self._metrics.show(state, lambda row: self._watch.unchanged_s(row.node, (row.incarnation, row.beat), now_s))
         following = (await self.store.due())[1]
         await self._sweep(state)
         again_s = self.settings.controller.period_s if following is None else max(ROUND_PAUSE_S, following)
+        again_s = min(again_s, await self._drain(state))
         try:
             # Before anything is placed: a scheduler that has just started knows of no cordon.
             await self.dask.tell(news_of(state))
-            on_dask, _ = await self.dask.slots()
-            await self._drain(state)
+            on_dask, workers = await self.dask.slots()
+            self._needs.show(state, self.dask.direct, self.leadership.token, time.monotonic())
             dropped = await self._repair(state, on_dask)
             planned = await self._plan(state, on_dask, dropped)
         except DaskUnavailable as error:
             log.warning("dask_unavailable", error=str(error))
+            self._needs.show(state, (), self.leadership.token, time.monotonic())  # what was held there is gone with it
+            await self._note_dask(state, reached=False)
             return min(again_s, 0.25)
+        await self._note_dask(state, reached=True)
+        await self._announce_dask(workers)
         return min(again_s, planned.again_s or again_s)
 
     # --- steps --------------------------------------------------------------------------------------------------
@@ -175,13 +201,19 @@ class Controller:
                 self._wake.set()
         self._watch.keep(row.node for row in state.nodes)
 
-    async def _drain(self, state: ClusterState) -> None:
-        """Flag what is open on nodes that are being drained; the plugin has been told to place nothing there."""
+    async def _note_dask(self, state: ClusterState, *, reached: bool) -> None:
+        """Say in the store whether Dask is there, for `rocyard status`; only where that has changed."""
+        if state.dask is not reached:
+            await self.store.reached(self.leadership.token, dask=reached)
+
+    async def _drain(self, state: ClusterState) -> float:
+        """Flag what is open on nodes that are being drained (nothing new opens there); seconds until the next deadline."""
         todo = drains(state)
         for flag, slots in ((SlotFlag.DRAIN, todo.drain), (SlotFlag.PREEMPT, todo.preempt)):
             if slots:
                 log.info("slots_draining", slots=slots, flag=flag.value)
                 await self.store.flag(self.leadership.token, flag, slots)
+        return math.inf if todo.next_ms is None else max(ROUND_PAUSE_S, (todo.next_ms - state.now_ms) / 1000)
 
     async def _repair(self, state: ClusterState, on_dask: dict[str, SlotOnDask]) -> frozenset[str]:
         """Bring Dask in line with the store; the slots that were taken back."""
@@ -200,6 +232,20 @@ class Controller:
                 log.info("slot_resubmitted", slot=item.slot.slot_id, node=item.node)
         return dropped
 
+    async def _announce_dask(self, workers: dict[str, str]) -> None:
+        """Say where Dask's own processes serve metrics: they have no right to tell the store themselves."""
+        if workers == self._told_workers:
+            return
+        scheme = "https" if self.settings.tls.directory else "http"
+        try:
+            places = await self.dask.metrics_places(workers)
+        except DaskUnavailable as error:
+            log.warning("dask_unavailable", error=str(error))
+            return
+        for name, place in places.items():
+            await self.store.put_service(name, msgspec.json.encode({"metrics_url": f"{scheme}://{place}/metrics"}))
+        self._told_workers = workers
+
     async def _drop(self, slots: list[str], reason: str) -> frozenset[str]:
         if not slots:
             return frozenset()
@@ -213,18 +259,21 @@ class Controller:
         if dropped:
             state = msgspec.structs.replace(state, slots=tuple(s for s in state.slots if s.slot_id not in dropped))
         held = frozenset(s.slot_id for s in state.slots if (d := on_dask.get(s.slot_id)) and d.state == "held")
-        answer = plan(state, index_of(state), held, self._vtimes, self.limits)
+        index = index_of(state)
+        answer = plan(state, index, held, self._vtimes, self.limits)
         shapes = {queue.shape_id: queue.shape for queue in state.queues}
         for item in answer.open:
             for _ in range(item.count):
                 await self._open(item.shape_id, shapes[item.shape_id], item.served_max)
-        for close in answer.close:
+        ending = frozenset(close.slot_id for close in answer.close)
+        closes = [*answer.close, *closes_for_direct(state, index, self.dask.direct, ending)]
+        for close in closes:
             log.info("slot_closing", slot=close.slot_id, reason=close.reason)
         if answer.keep or self._kept:
             self._kept = bool(answer.keep)
             await self.dask.keep(dict(answer.keep))  # before the victims go: nobody else may take their room
-        if answer.close:
-            await self.store.flag(self.leadership.token, SlotFlag.CLOSE, [close.slot_id for close in answer.close])
+        if closes:
+            await self.store.flag(self.leadership.token, SlotFlag.CLOSE, [close.slot_id for close in closes])
         await self._drop(list(answer.drop), "NotNeeded")
         await self.store.planned(self.leadership.token, answer.held, answer.wake_at)
         return answer
@@ -248,6 +297,7 @@ class Controller:
         if tasks or tombs:
             log.info("swept", tasks=tasks, slots=tombs)
         self._swept_s = now_s if max(tasks, tombs) < 500 else 0.0
+        self._metrics.show_fsync(await self.store.fsync_policy())
 
 
 async def serve(settings: Settings, run_slot: RunSlot) -> None:
@@ -259,29 +309,17 @@ async def serve(settings: Settings, run_slot: RunSlot) -> None:
     controller = Controller(settings, store, listener, dask)
     host = settings.controller.metrics_host
     secure = metrics_context(settings, Role.CONTROLLER, host)
-    metrics_url, stop_metrics = serve_metrics(host, settings.controller.metrics_port, secure)
+    port, stop_metrics = serve_metrics(host, settings.controller.metrics_port, secure)
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, controller.stop)
-    announcing = asyncio.create_task(_announce(store, metrics_url))
+    controller.service = msgspec.json.encode({"pid": os.getpid(), "metrics_url": metrics_url(host, port, secure)})
     try:
         await controller.run()
     finally:
-        announcing.cancel()
         stop_metrics()
         await listener.close()
         await store.connection.close()
-
-
-async def _announce(store: Store, metrics_url: str) -> None:
-    """Say where the metrics are, as soon as the store answers."""
-    while True:
-        try:
-            await store.put_service("controller", msgspec.json.encode({"pid": os.getpid(), "metrics_url": metrics_url}))
-        except RocyardError:
-            await asyncio.sleep(0.5)
-        else:
-            return
 
 
 def run(settings: Settings, run_slot: RunSlot) -> int:

@@ -14,9 +14,11 @@ import msgspec
 from dask.base import annotate
 from distributed import Client, Security, fire_and_forget
 
+from manager.core.addresses import in_url
 from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
 from manager.core.news import News, encode_news
+from manager.core.packing import DirectDemand
 from manager.core.shapes import Shape, encode_shape
 from manager.log import get_logger
 from manager.tls import TlsFiles, dask_security
@@ -52,6 +54,7 @@ class DaskSide:
         self.address = address
         self.run_slot = run_slot
         self.files = files
+        self.direct: tuple[DirectDemand, ...] = ()
         self._client: Client | None = None
 
     async def _connected(self) -> Client:
@@ -61,9 +64,11 @@ class DaskSide:
         await self.close()
         try:
             place = urlsplit(self.address)
+            security = None if self.files is None else Security(**dask_security(self.files, "client"))
             async with asyncio.timeout(CONNECT_S):
                 # Dask's own connect backs off for as long as the outage lasted; a bare probe tells at once.
-                _, writer = await asyncio.open_connection(place.hostname, place.port)
+                secure = None if security is None else security.get_connection_args("client")["ssl_context"]
+                _, writer = await asyncio.open_connection(place.hostname, place.port, ssl=secure)
                 writer.close()
                 self._client = await Client(
                     self.address,
@@ -71,7 +76,7 @@ class DaskSide:
                     timeout=CONNECT_S,
                     set_as_default=False,
                     name="rocyard-controller",
-                    security=None if self.files is None else Security(**dask_security(self.files, "client")),
+                    security=security,
                 )
         except (OSError, TimeoutError) as error:
             raise DaskUnavailable(str(error) or type(error).__name__) from None
@@ -95,6 +100,7 @@ class DaskSide:
             DaskUnavailable: no answer.
         """
         answer = await self._call("rocyard_slots")
+        self.direct = tuple(DirectDemand(row["memory_bytes"], row["gpus"], row["count"]) for row in answer["direct"])
         return {slot: SlotOnDask(*known) for slot, known in answer["slots"].items()}, dict(answer["nodes"])
 
     async def submit(self, slot_id: str, shape: Shape, node: str) -> None:
@@ -118,6 +124,24 @@ class DaskSide:
     async def tell(self, news: News) -> None:
         """What the plugin cannot know; it replaces what it was told before."""
         await self._call("rocyard_tell", news=encode_news(news))
+
+    async def metrics_places(self, workers: Mapping[str, str]) -> dict[str, str]:
+        """Where the Dask scheduler and its workers serve metrics, as HOST:PORT by service name.
+
+        Args:
+            workers: node → address of its Dask worker.
+
+        Raises:
+            DaskUnavailable: no answer.
+        """
+        answer = await self._call("identity", n_workers=-1)
+        host = str(urlsplit(self.address).hostname)
+        places = {"scheduler": f"{in_url(host)}:{answer['services']['dashboard']}"}
+        for node, address in workers.items():
+            worker = answer["workers"].get(address)
+            if worker is not None:
+                places[f"worker/{node}"] = f"{in_url(worker['host'])}:{worker['services']['dashboard']}"
+        return places
 
     async def dropped(self, slots: list[str]) -> None:
         """These slots were taken back before anybody had opened them."""

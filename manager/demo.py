@@ -19,6 +19,8 @@ from manager.client import Client, Task, task_request
 from manager.core.answers import WorkerView
 from manager.core.errors import RocyardError
 from manager.core.quantities import GIB, format_memory
+from manager.demo_scaling import ScalingReport, run_scaling, why_not
+from manager.demo_scaling_screen import scaling_view, show_scaling
 from manager.demo_screen import IMAGES, DevicePeak, Report, progress_bar, show
 
 SIZES_BYTES: Final = (24 * GIB, 48 * GIB)
@@ -104,6 +106,7 @@ def run_demo(
     classify_here: Callable[[str], Sequence[int]],
     *,
     as_json: bool = False,
+    scaling: bool = False,
 ) -> int:
     """Run it and print what came out.
 
@@ -113,9 +116,10 @@ def run_demo(
         tasks: how many tasks share the images.
         classify_here: all predictions of a model in this process.
         as_json: print one JSON object instead.
+        scaling: with the second act, where nodes can be added.
 
     Returns:
-        0 if every prediction is there and equal to that of one process, else 1.
+        0 if every prediction is there and equal to that of one process, and nodes came and went without harm, else 1.
     """
     say: Callable[[str], None] = (lambda _: None) if as_json else console.print
     sizes = memory_sizes(client.workers())
@@ -159,11 +163,27 @@ def run_demo(
         peaks=peaks,
     )
     held = report.images == len(expected) == report.equal == IMAGES
+    if not as_json:
+        show(report, console, held=held)
+    if scaling:
+        report = msgspec.structs.replace(report, scaling=_second_act(client, console, say, as_json=as_json))
     if as_json:
         console.print_json(msgspec.json.encode(report).decode())
-    else:
-        show(report, console, held=held)
-    return 0 if held else 1
+    return 0 if held and (report.scaling is None or report.scaling.held) else 1
+
+
+def _second_act(client: Client, console: Console, say: Callable[[str], None], *, as_json: bool) -> ScalingReport | None:
+    """Nodes come and go; None where they cannot, which is said."""
+    say("")
+    reason = why_not(client)
+    if reason:
+        say(f"the second act, in which nodes come and go, is left out: {reason}")
+        return None
+    with scaling_view(None if as_json else console) as look:
+        found = run_scaling(client, say, look)
+    if not as_json:
+        show_scaling(found, console)
+    return found
 
 
 def memory_sizes(workers: Iterable[WorkerView]) -> tuple[int, ...]:

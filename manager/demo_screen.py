@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manager.core.quantities import format_memory
+from manager.demo_scaling import ScalingReport
 
 IMAGES: Final = 1797
 """In scikit-learn's set of digits."""
@@ -38,6 +39,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         equal: predictions that are the same as in one process.
         elapsed_s: from the first submission of a classifying task to the last result.
         places: (node, device, tasks).
+        scaling: of the second act, where there was one.
     """
 
     tasks: int
@@ -50,6 +52,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     tasks_per_s: float
     places: tuple[tuple[str, str, int], ...]
     peaks: tuple[DevicePeak, ...]
+    scaling: ScalingReport | None = None
 
 
 class _LiveBar:

@@ -76,8 +76,13 @@ class Leadership:
         if taken:
             self.token = token
             self._trust(began_s)
-            LEADER.set(1)
+            self._show(leads=True)
             log.info("leadership_taken", token=token, holder=self.holder, silent_s=round(silent_s, 3))
+
+    def _show(self, *, leads: bool) -> None:
+        """The metric is about controllers: an autoscaler that leads must not hide that none of them does."""
+        if not self.role:
+            LEADER.set(leads)
 
     def _trust(self, began_s: float) -> None:
         self._trusted_until_s = began_s + self.term_s * TRUST_RATIO
@@ -85,7 +90,7 @@ class Leadership:
     def _lose(self, reason: str) -> None:
         log.warning("leadership_lost", token=self.token, reason=reason)
         self.token = 0
-        LEADER.set(0)
+        self._show(leads=False)
 
     async def resign(self) -> None:
         """Give the term back, so that the next start need not wait for its end."""
@@ -96,4 +101,4 @@ class Leadership:
             except StoreUnavailable as error:
                 log.warning("leadership_not_resigned", error=str(error))
             self.token = 0
-            LEADER.set(0)
+            self._show(leads=False)

@@ -7,6 +7,8 @@ The registry is prometheus-client's default one, so that Dask's own ``/metrics``
 
 import socket
 import socketserver
+import ssl
+import sys
 import threading
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
@@ -32,6 +34,7 @@ TASKS = Counter("tasks_total", "Tasks that reached a final status.", ("status",)
 TASK_DURATION = Histogram("task_duration_seconds", "Run time of tasks, from start to end.", buckets=_LONG)
 TASK_RETRIES = Counter("rocyard_task_retries_total", "Tasks that are run again, by reason.", ("reason",))
 QUEUE_TASKS = Gauge("rocyard_queue_tasks", "Tasks by status; final ones as long as they are kept.", ("status",))
+QUEUE_OLDEST_WAIT = Gauge("rocyard_queue_oldest_wait_seconds", "How long the longest waiting task has been queued.")
 
 # Slots, executors and what the controller and the scheduler plugin do about them.
 SLOTS = Gauge("rocyard_slots", "Slots by status.", ("status",))
@@ -41,11 +44,26 @@ LEADER = Gauge("rocyard_leader", "1 in the controller that leads, else 0.")
 ROUNDS = Counter("rocyard_rounds_total", "Rounds of the leading controller.")
 ROUND_DURATION = Histogram("rocyard_round_duration_seconds", "Time of one round of the controller.", buckets=_FAST)
 
+# The cluster as a whole, by the leading controller alone.
+NODES = Gauge("rocyard_nodes", "Registered nodes by state; one that left is none.", ("state",))
+STORE_UNSYNCED = Gauge("rocyard_store_unsynced", "1 where the store is known not to sync each write to disk, else 0.")
+
+# What the autoscaler decides from, by the leading controller alone; and what it decides.
+GROUP_NEED = Gauge("rocyard_group_need_nodes", "Nodes that the group should have for the work that there is.", ("group",))
+GROUP_NEED_ROUND = Gauge("rocyard_group_need_round", "Changes whenever the need is computed.", ("group",))
+GROUP_NODES = Gauge("rocyard_group_nodes", "Nodes of the group that are registered, by state.", ("group", "state"))
+INFEASIBLE_TASKS = Gauge("rocyard_infeasible_tasks", "Waiting tasks that no node could ever hold.", ("reason",))
+AUTOSCALER_SIZE = Gauge("rocyard_autoscaler_size_nodes", "Nodes of the group, those that start included.", ("group",))
+AUTOSCALER_TARGET = Gauge("rocyard_autoscaler_target_nodes", "Nodes that the group is brought to.", ("group",))
+AUTOSCALER_METRICS_KNOWN = Gauge("rocyard_autoscaler_metrics_known", "1 while the need is known by metrics, else 0.")
+AUTOSCALER_ACTIONS = Counter("rocyard_autoscaler_actions_total", "What was done, by kind and outcome.", ("action", "result"))
+
 # Devices, as the agent reads them.
 DEVICE_MEMORY_TOTAL = Gauge("rocyard_device_memory_total_bytes", "Memory of the device.", _DEVICE)
 DEVICE_MEMORY_USED = Gauge("rocyard_device_memory_used_bytes", "Memory in use by any process.", _DEVICE)
 DEVICE_MEMORY_LEASED = Gauge("rocyard_device_memory_leased_bytes", "Memory leased to slots.", _DEVICE)
 DEVICE_MEMORY_FOREIGN = Gauge("rocyard_device_memory_foreign_bytes", "Memory in use by what is not ours.", _DEVICE)
+DEVICE_HEALTHY = Gauge("rocyard_device_healthy", "1 while the device answers and can be used, else 0.", _DEVICE)
 DEVICE_UTILISATION = Gauge("rocyard_device_utilisation_ratio", "Share of time the device computes, 0 to 1.", _DEVICE)
 
 # The API.
@@ -74,12 +92,13 @@ def exposition() -> tuple[bytes, str]:
     return prometheus_client.generate_latest(REGISTRY), prometheus_client.CONTENT_TYPE_LATEST
 
 
-def serve_metrics(host: str, port: int) -> tuple[int, Callable[[], None]]:
+def serve_metrics(host: str, port: int, context: ssl.SSLContext | None = None) -> tuple[int, Callable[[], None]]:
     """Serve ``/metrics`` on `host` alone, from daemon threads.
 
     Args:
         host: the address to bind.
         port: a TCP port; 0 takes any free one.
+        context: for TLS, and then for nothing else.
 
     Returns:
         The port, and a function that ends the server.
@@ -91,6 +110,9 @@ def serve_metrics(host: str, port: int) -> tuple[int, Callable[[], None]]:
         server = _Server((host, port), _Handler.factory(REGISTRY))
     except OSError as error:
         raise StartError(f"metrics cannot listen on {host}:{port}: {error.strerror}", host=host, port=port) from error
+    if context is not None:
+        # The handshake comes with the first read, in the connection's own thread: who delays it delays nobody.
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True)
     thread.start()
 
@@ -112,6 +134,11 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A peer that breaks off, or speaks no TLS, is no news for the log."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # as it was given to us
 
     def server_bind(self) -> None:
         # Not HTTPServer's: that one asks the DNS for the host's name, which may take many seconds.

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manager.settings import Settings
+from manager.tls import Role, api_url, dashboard_url, tls_files
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -62,6 +63,10 @@ class Screen:
         how = f"exit status {status}" if status >= 0 else f"signal {-status}"
         self.console.print(f"{time.strftime('%H:%M:%S')}  {name} ended ({how}); started again", style="yellow")
 
+    def fleet_changed(self, what: str) -> None:
+        """A node was added or removed while the cluster runs."""
+        self.console.print(f"{time.strftime('%H:%M:%S')}  {what}", style="dim")
+
     def stopping(self) -> None:
         """The cluster ends."""
         self._end_status()
@@ -71,8 +76,7 @@ class Screen:
         """The page that people read."""
         self._end_status()
         settings = started.settings
-        api = f"http://{settings.api.host}:{settings.api.port}"
-        dashboard = f"http://{settings.dask.host}:{settings.dask.dashboard_port}"
+        api, dashboard = api_url(settings), dashboard_url(settings)
         devices = f"simulated fleet {settings.node.simulate}" if started.simulated else "this machine's devices"
         self.console.print()
         self.console.print(Text.assemble(("Rocyard is up", "bold green"), f"  in {started.seconds:.1f} s · {devices}"))
@@ -83,6 +87,7 @@ class Screen:
                     ("API", api),
                     ("API docs", f"{api}/docs"),
                     ("Dask dashboard", f"{dashboard}/status"),
+                    ("devices, queue", f"{dashboard}/rocyard"),
                     ("metrics", f"{api}/metrics  {dashboard}/metrics"),
                 ]
             )
@@ -104,7 +109,7 @@ class Screen:
         if started.admin_key:
             self.console.print(f"export ROCYARD_API_KEY={started.admin_key}")
         self.console.print(
-            f"curl -s {api}/v1/tasks -H 'Content-Type: application/json' \\\n"
+            f"curl -s {_trusting(settings)}{api}/v1/tasks -H 'Content-Type: application/json' \\\n"
             '  -H "Authorization: Bearer $ROCYARD_API_KEY" \\\n'
             '  -d \'{"function": "echo", "args": {"x": 1}}\''
         )
@@ -120,11 +125,23 @@ def _command() -> str:
     return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
+def _trusting(settings: Settings) -> str:
+    """What curl must be told to believe the API."""
+    files = tls_files(settings.tls, Role.CLIENT)
+    return "" if files is None else f"--cacert {files.ca} "
+
+
 def _grid(rows: list[tuple[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 3, 0, 0))
     for name, value in rows:
         grid.add_row(Text(name, style="dim"), Text(value, style="cyan"))
     return grid
+
+
+def _autoscaler(settings: Settings) -> str:
+    bounds = ", ".join(f"{name} {group.workers_min} to {group.workers_max}" for name, group in settings.groups.items())
+    mode = "" if settings.autoscaler.mode == "active" else f" ({settings.autoscaler.mode})"
+    return f"adds and removes nodes{mode}: {bounds}" if bounds else f"idle{mode}: no groups in the settings"
 
 
 def _role(name: str, started: Started) -> str:
@@ -136,6 +153,8 @@ def _role(name: str, started: Started) -> str:
             return f"Dask scheduler and placement, {settings.dask.host}:{settings.dask.port}"
         case "controller":
             return "decides how many slots of which shape"
+        case "autoscaler":
+            return _autoscaler(settings)
         case "api":
             return f"REST, {settings.api.host}:{settings.api.port}"
         case _:

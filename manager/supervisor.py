@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -21,10 +22,11 @@ import msgspec
 
 from manager import ports
 from manager.children import Child, Command
-from manager.core.devices import parse_fleet
 from manager.core.errors import RocyardError, StartError, StoreUnavailable
 from manager.core.ids import new_id
+from manager.core.lifecycle import REMOVED_EXIT
 from manager.core.requests import KeyScope
+from manager.fleet import Fleet, base_nodes, with_simulated_group
 from manager.keys import create_key, parse_key, read_key, verify
 from manager.log import configure_logging, get_logger
 from manager.metrics import serve_metrics
@@ -33,6 +35,7 @@ from manager.settings import Settings
 from manager.store import Store
 from manager.store.server import EmbeddedStore, ServerSpec
 from manager.store.store import connect
+from manager.tls import Role, api_url, client_context, dashboard_url, metrics_context, metrics_url, settings_for, tls_files
 
 START_S: Final = 60.0
 POLL_S: Final = 0.1
@@ -61,6 +64,7 @@ class Supervisor:
         self.screen = screen
         self.children: list[Child] = []
         self.stopping = asyncio.Event()
+        self.fleet: Fleet | None = None
         self._stop_metrics: Callable[[], None] = lambda: None
 
     async def run(self) -> int:
@@ -79,9 +83,10 @@ class Supervisor:
 
     async def _start(self, began_s: float) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.settings = _with_ports(self.settings)
+        self.settings = self._with_groups(_with_ports(self.settings))
         embedded = await self._start_store()
-        store = connect(self.settings.store.url.value, self.settings.store.deadline_s, "supervisor")
+        url = settings_for(self.settings, Role.CONTROLLER).store.url.value
+        store = connect(url, self.settings.store.deadline_s, "supervisor")
         try:
             await self._until(lambda: _answers(store), "store")
             await _identify(store, self.directory, fresh=embedded is not None)
@@ -90,8 +95,12 @@ class Supervisor:
             key = await self._first_key(store)
             await self._announce(store)
             nodes = self._nodes()
-            await asyncio.gather(*(self._launch(command) for command in self._commands(nodes)))
-            async with httpx.AsyncClient(timeout=2.0) as client:
+            self.fleet = Fleet(self.directory, self.settings, self._start_node, self.screen.fleet_changed)
+            await self.fleet.serve()
+            await asyncio.gather(
+                *(self._launch(command) for command in self._commands()), *(self.fleet.begin_with(node) for node in nodes)
+            )
+            async with httpx.AsyncClient(timeout=2.0, verify=self._trusted(), trust_env=False) as client:
                 await self._until(lambda: self._serves(len(nodes), store, client), "cluster")
         finally:
             await store.connection.close()
@@ -101,7 +110,7 @@ class Supervisor:
                 store=f"{Path(embedded.program).name} {embedded.version}, port {embedded.port}" if embedded else "given",
                 simulated=self._simulates(),
                 nodes=tuple(settings.node.name for settings in nodes),
-                processes=tuple((child.command.name, child.pid or 0) for child in self.children),
+                processes=tuple((child.command.name, child.pid or 0) for child in self._everybody),
                 admin_key=key,
                 seconds=time.monotonic() - began_s,
                 directory=str(self.directory),
@@ -111,7 +120,9 @@ class Supervisor:
     async def _start_store(self) -> ServerSpec | None:
         if self.settings.store.url.value:
             return None
-        spec = EmbeddedStore(self.directory, self.settings.store.port).prepare()
+        files = tls_files(self.settings.tls, Role.STORE)
+        given = self.settings.store
+        spec = EmbeddedStore(self.directory, given.port, host=given.host, tls=files).prepare()
         store = msgspec.structs.replace(self.settings.store, url=spec.url, worker_url=spec.worker_url)
         self.settings = msgspec.structs.replace(self.settings, store=store)
         await self._launch(Command("store", spec.argv, spec.stdin_text.value.encode(), stop_s=20.0))
@@ -122,12 +133,31 @@ class Supervisor:
         self.children.append(child)
         await child.start()
 
+    async def _start_node(self, settings: Settings, on_final: Callable[[str], None]) -> Child:
+        role = self._role("node", settings.node.name, settings)
+        # It may drain first: it is given that time, and then as long as any other process.
+        command = msgspec.structs.replace(role, final=REMOVED_EXIT, stop_s=role.stop_s + settings.node.stop_drain_s)
+        child = Child(command, self.directory / "logs", self.screen.restarted, on_final)
+        await child.start()
+        return child
+
+    @property
+    def _everybody(self) -> list[Child]:
+        """All processes: the fleet has its own."""
+        return [*self.children, *(self.fleet.children if self.fleet is not None else ())]
+
     async def _announce(self, store: Store) -> None:
         """Serve our metrics, and say where."""
         host = self.settings.controller.metrics_host
-        port, self._stop_metrics = serve_metrics(host, 0)
-        record = {"pid": os.getpid(), "metrics_url": f"http://{host}:{port}/metrics"}
+        secure = metrics_context(self.settings, Role.CONTROLLER, host)
+        port, self._stop_metrics = serve_metrics(host, 0, secure)
+        record = {"pid": os.getpid(), "metrics_url": metrics_url(host, port, secure)}
         await store.put_service("supervisor", msgspec.json.encode(record))
+
+    def _trusted(self) -> ssl.SSLContext | bool:
+        """What httpx is to believe the API."""
+        files = tls_files(self.settings.tls, Role.CONTROLLER)
+        return True if files is None else client_context(files.ca)
 
     async def _first_key(self, store: Store) -> str:
         """The admin key where this start made it, else empty. The machine's CLI keeps it in a file of its owner's."""
@@ -138,8 +168,8 @@ class Supervisor:
         if not await _opens(store, key):
             key, _ = await create_key(store, ADMIN_TENANT, KeyScope.ADMIN)
             shown = key
-        api = self.settings.api
-        _write_private(path, {"url": f"http://{api.host}:{api.port}", "api_key": key})
+        files = tls_files(self.settings.tls, Role.CLIENT)
+        _write_private(path, {"url": api_url(self.settings), "api_key": key, "ca": "" if files is None else files.ca})
         return shown
 
     # --- which processes ----------------------------------------------------------------------------------------
@@ -149,29 +179,36 @@ class Supervisor:
         driver = any(Path(file).exists() for file in DRIVER_FILES)
         return node.devices == "simulated" or (node.devices == "auto" and not driver)
 
+    def _with_groups(self, settings: Settings) -> Settings:
+        """`settings` with what the autoscaler may change on this machine: simulated nodes, never real ones."""
+        if self._simulates():
+            return with_simulated_group(settings)
+        local = [name for name, group in settings.groups.items() if group.provider == "local"]
+        if local:
+            raise StartError(
+                f"groups.{local[0]}: provider local adds simulated nodes, but this machine's own devices are used; set "
+                "node.devices to simulated, or remove the group"
+            )
+        return settings
+
     def _nodes(self) -> list[Settings]:
         """The settings of each node agent: one per simulated node, or one for this machine's devices."""
         node = self.settings.node
         if not self._simulates():
             return [self._node_settings(node.name or socket.gethostname(), node.devices, 0)]
-        try:
-            fleet = parse_fleet(node.simulate)
-        except ValueError as error:
-            raise StartError(f"node.simulate: {error}") from None
-        prefix = node.name or "node"
-        return [self._node_settings(f"{prefix}-{number}", "simulated", number) for number in range(len(fleet))]
+        return base_nodes(self.settings)
 
     def _node_settings(self, name: str, devices: str, number: int) -> Settings:
         node = msgspec.structs.replace(self.settings.node, name=name, devices=devices, simulated_node=number)
         return msgspec.structs.replace(self.settings, node=node)
 
-    def _commands(self, nodes: list[Settings]) -> list[Command]:
-        """Everything but the store. Each process is told its settings on stdin, so that no secret is in its arguments."""
+    def _commands(self) -> list[Command]:
+        """Everything but store and nodes. Each process is told its settings on stdin, so that no secret is in its arguments."""
         return [
             self._role("scheduler", "scheduler", self.settings),
-            *(self._role("node", settings.node.name, settings) for settings in nodes),
             self._role("api", "api", self.settings),
             self._role("controller", "controller", self.settings),
+            self._role("autoscaler", "autoscaler", self.settings),
         ]
 
     def _role(self, role: str, name: str, settings: Settings) -> Command:
@@ -193,22 +230,22 @@ class Supervisor:
                 raise Stopped
             if await ready():
                 return
-            failing = next((child for child in self.children if child.restarts >= 3), None)
+            failing = next((child for child in self._everybody if child.restarts >= 3), None)
             if failing is not None or time.monotonic() > deadline_s:
                 child = failing or self.children[-1]
                 raise StartError(
                     f"the {what} did not start; {child.command.name} says (log: {child.log_path}):\n{child.tail()}"
                 )
-            self.screen.waiting(what, [child.command.name for child in self.children])
+            self.screen.waiting(what, [child.command.name for child in self._everybody])
             await asyncio.sleep(POLL_S)
 
     async def _serves(self, nodes: int, store: Store, client: httpx.AsyncClient) -> bool:
         """Whether a task could run: API, leader, and every node with its Dask worker."""
-        api = self.settings.api
         try:
-            answer = await client.get(f"http://{api.host}:{api.port}/livez")
-            if answer.status_code != 200:
-                return False
+            # The Dask scheduler too: a Dask worker beats before it has registered there.
+            for url in (f"{api_url(self.settings)}/livez", f"{dashboard_url(self.settings)}/health"):
+                if (await client.get(url)).status_code != 200:
+                    return False
             state = await store.look(leader=False)
             _, _, _, leader = await store.lead("", 0, 0, "read")
         except (httpx.HTTPError, StoreUnavailable):
@@ -218,9 +255,12 @@ class Supervisor:
 
     async def _stop(self) -> None:
         """In an order in which nobody waits for somebody who is gone: work first, the store last."""
+        self.stopping.set()
+        if self.fleet is not None:
+            await self.fleet.close()
         groups: list[list[Child]] = [[], [], [], []]
         order = {"controller": 1, "api": 1, "scheduler": 2, "store": 3}
-        for child in self.children:
+        for child in self._everybody:
             groups[order.get(child.command.name, 0)].append(child)
         for group in groups:
             await asyncio.gather(*(child.stop() for child in group))

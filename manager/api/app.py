@@ -19,18 +19,24 @@ from prometheus_client import Counter, Histogram
 from manager import metrics
 from manager.api import problems
 from manager.api.auth import Authenticator
+from manager.api.autoscaler import AutoscalerRoutes
 from manager.api.cluster import VERSION, ClusterRoutes
 from manager.api.docs_page import DocsRoutes
 from manager.api.ends import Ends
 from manager.api.exchange import Call, Disconnected, Receive, Reply, Scope, Send, problem_reply
 from manager.api.functions import REFRESH_S, Functions
 from manager.api.health import HealthRoutes
+from manager.api.join import JoinRoutes
+from manager.api.lifecycle import LifecycleRoutes
+from manager.api.old_paths import old_operations
 from manager.api.openapi import document
 from manager.api.operations import Operation, Public
+from manager.api.targets import TargetRoutes
 from manager.api.tasks import TaskRoutes
 from manager.api.watch import LOOK_S, ClusterWatch
 from manager.core.errors import BadRequest, NotFound, RocyardError, StoreUnavailable
 from manager.core.ids import is_id
+from manager.group_needs import pack_groups
 from manager.log import get_logger
 from manager.settings import Settings
 from manager.store import Store
@@ -78,17 +84,28 @@ class Api(Litestar):
         self.store = connect("api")
         self._events = connect("api-events")
         self.functions = Functions(self.store)
-        self.watch = ClusterWatch(self.store, settings.node, settings.controller)
+        self.watch = ClusterWatch(
+            self.store,
+            settings.node,
+            settings.controller,
+            settings.autoscaler,
+            pack_groups(settings) if settings.autoscaler.mode == "active" else (),
+        )
         self.ends = Ends(self.store.task, self._events)
-        self.auth = Authenticator(self.store, settings.api.key_cache_s)
+        self.auth = Authenticator(self.store, settings.api.key_cache_s, settings.api.key)
         tasks = TaskRoutes(self.store, settings, self.functions, self.watch, self.ends)
         docs = DocsRoutes()
-        self.operations = (
+        current = (
             *tasks.operations(),
             *ClusterRoutes(self.store, settings, self.functions, self.watch).operations(),
+            *JoinRoutes(settings).operations(),
+            *AutoscalerRoutes(self.store, settings).operations(),
+            *LifecycleRoutes(self.store, settings, self.functions, self.watch).operations(),
             *HealthRoutes(self.store, self.watch).operations(),
+            *TargetRoutes(self.store).operations(),
             *docs.operations(),
         )
+        self.operations = (*current, *old_operations(current))
         docs.document = document(self.operations, VERSION)
         self._meters = {operation.name: _Meter(operation) for operation in self.operations}
         by_name = {operation.name: operation for operation in self.operations}

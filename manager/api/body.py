@@ -14,7 +14,16 @@ from typing import Any, Final, NoReturn, TypeVar
 import msgspec
 
 from manager.core.errors import BadRequest
-from manager.core.requests import TASKS_PER_BATCH_MAX, KeyRequest, ResourceRequest, TaskRequest
+from manager.core.requests import (
+    TASKS_PER_BATCH_MAX,
+    DrainRequest,
+    KeyRequest,
+    Request,
+    ResourceRequest,
+    TaskRequest,
+    UnloadRequest,
+    WarmRequest,
+)
 
 DEPTH_MAX: Final = 32
 """Far over any honest request, far under what a recursive decoder can bear."""
@@ -25,7 +34,7 @@ _STRINGS: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<field>.*?)`(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 _PLACE: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 
-T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R", bound=Request)
 
 
 class _Many(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +95,19 @@ def key_request(body: bytes) -> KeyRequest:
         return _key(body)
     except msgspec.ValidationError as error:
         _refuse(str(error), KeyRequest)
+
+
+def plain_request(body: bytes, kind: type[R]) -> R:
+    """The request of that kind.
+
+    Raises:
+        BadRequest: says where, and what would be right.
+    """
+    checked_json(body)
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        _refuse(str(error), kind)
 
 
 def checked_json(body: bytes) -> Any:
@@ -168,6 +190,9 @@ _FIELDS: Final[dict[type[msgspec.Struct], dict[str, tuple[str, ...]]]] = {
     TaskRequest: {"": TaskRequest.__struct_fields__, "resources": ResourceRequest.__struct_fields__},
     _Many: {"": _Many.__struct_fields__},
     KeyRequest: {"": KeyRequest.__struct_fields__},
+    DrainRequest: {"": DrainRequest.__struct_fields__},
+    WarmRequest: {"": WarmRequest.__struct_encode_fields__, "resources": ResourceRequest.__struct_fields__},
+    UnloadRequest: {"": UnloadRequest.__struct_fields__, "resources": ResourceRequest.__struct_fields__},
 }
 
 

@@ -76,6 +76,11 @@ class Call:
         """The header as sent; two of them are joined, which no key survives."""
         return self._headers.get(b"authorization", b"")
 
+    @property
+    def has_body(self) -> bool:
+        """Whether it says of what kind its body is: who sends none says nothing."""
+        return b"content-type" in self._headers
+
     async def json_body(self, bytes_max: int) -> bytes:
         """The body, if it says that it is JSON and is not over the limit.
 

@@ -13,7 +13,7 @@ import msgspec
 from manager.api.operations import Operation, Public
 from manager.core.answers import Problem
 from manager.core.errors import RocyardError
-from manager.core.requests import BatchRequest, KeyRequest, TaskRequest
+from manager.core.requests import BatchRequest, DrainRequest, KeyRequest, TaskRequest, UnloadRequest, WarmRequest
 
 _REF: Final = "#/components/schemas/{name}"
 _PATH_PARAMETER: Final = re.compile(r"\{([a-z_]+)\}")
@@ -21,12 +21,16 @@ _FIELD: Final = re.compile(r"^(?P<names>[a-z_, ]+): (?P<text>.+)$")
 _WHAT: Final = {
     "task_id": "A task's id: 26 characters, 0-9 and a-z.",
     "key_id": "A key's id: the 8 characters after ry_.",
+    "node": "A node's name, as GET /v1/workers lists it.",
 }
 _TASK: Final = {"function": "echo", "args": {"x": 1}, "resources": {"memory": "1GiB"}}
 _EXAMPLES: Final[dict[type, Any]] = {
     TaskRequest: _TASK,
     BatchRequest: {"tasks": [_TASK, _TASK]},
     KeyRequest: {"tenant": "vision", "scope": "user"},
+    DrainRequest: {"deadline": "5m", "remove": False},
+    WarmRequest: {"function": "echo", "slots": 2, "for": "10m"},
+    UnloadRequest: {"function": "echo"},
 }
 _SUCCESS: Final = {200: "Success", 201: "Made", 202: "Accepted: it is on disk"}
 

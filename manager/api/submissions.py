@@ -7,10 +7,10 @@ from functools import lru_cache
 
 from manager.api.watch import Largest
 from manager.core.errors import BadRequest, Infeasible, TooLarge
-from manager.core.functions import PublishedFunction
+from manager.core.functions import DEFAULT_ENVIRONMENT, PublishedFunction
 from manager.core.model import Submission, TaskSpec
 from manager.core.quantities import format_duration, format_memory, parse_duration, parse_memory
-from manager.core.requests import TaskRequest
+from manager.core.requests import ResourceRequest, TaskRequest
 from manager.core.shapes import Resources, Shape, shape_id, shape_of
 from manager.settings import Settings
 
@@ -35,12 +35,7 @@ def submission_of(
             f"{within}args are over the limit of {settings.api.args_bytes_max} bytes (api.args_bytes_max).",
             bytes_max=settings.api.args_bytes_max,
         )
-    wanted = request.resources
-    resources = Resources(
-        function.memory_bytes if wanted.memory is None else _memory(wanted.memory, within),
-        function.gpus if wanted.gpus is None else wanted.gpus,
-    )
-    shape, identity = _shape(tenant, function.environment, resources, function.max_tasks_per_slot)
+    shape, identity, resources = shape_for(request.resources, function, tenant, within)
     spec = TaskSpec(
         function=request.function,
         args=request.args,
@@ -50,6 +45,26 @@ def submission_of(
         time_limit_s=_time_limit(request.time_limit, function.time_limit_s, settings, within),
     )
     return Submission(task_id, identity, shape, spec)
+
+
+def shape_for(
+    wanted: ResourceRequest, function: PublishedFunction | None, tenant: str, within: str = ""
+) -> tuple[Shape, str, Resources]:
+    """The shape, its id, and the resources that are asked for: the function's where no others are.
+
+    Raises:
+        BadRequest: memory that cannot be read, or none at all.
+    """
+    if function is None:
+        if wanted.memory is None:
+            raise BadRequest("Name a function, or resources.memory.", field="function")
+        resources = Resources(_memory(wanted.memory, within), wanted.gpus or 1)
+        return *_shape(tenant, DEFAULT_ENVIRONMENT, resources, 0), resources
+    resources = Resources(
+        function.memory_bytes if wanted.memory is None else _memory(wanted.memory, within),
+        function.gpus if wanted.gpus is None else wanted.gpus,
+    )
+    return *_shape(tenant, function.environment, resources, function.max_tasks_per_slot), resources
 
 
 def refuse_infeasible(shape: Shape, asked_bytes: int, largest: tuple[Largest, ...], within: str = "") -> None:

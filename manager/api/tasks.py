@@ -197,7 +197,7 @@ class TaskRoutes:
     async def page(self, call: Call) -> Reply:
         """Tasks of a tenant, newest first."""
         query = parse_query(call.query, _LIST)
-        tenant = _tenant(call, query.get("tenant"))
+        tenant = tenant_of(call, query.get("tenant"))
         limit = whole_number(query, "limit", PAGE, 1, PAGE_MAX)
         status = one_of(query, "status", _STATUSES)
         filters = (tenant, status, query.get("function", ""))
@@ -278,7 +278,7 @@ class TaskRoutes:
         )  # fmt: skip
 
 
-def _tenant(call: Call, asked: str | None) -> str:
+def tenant_of(call: Call, asked: str | None) -> str:
     """Whose tasks are meant.
 
     Raises:
@@ -303,4 +303,4 @@ def _addressed(call: Call, asked_tenant: str | None) -> tuple[str, str]:
     task_id = call.params["task_id"]
     if not is_id(task_id):
         raise NotFound(_NOT_THERE)
-    return task_id, call.key.tenant if asked_tenant is None else _tenant(call, asked_tenant)
+    return task_id, call.key.tenant if asked_tenant is None else tenant_of(call, asked_tenant)

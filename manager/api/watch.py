@@ -10,16 +10,19 @@ from typing import Final
 
 import msgspec
 
-from manager.core.answers import LeaderView
+from manager.core.answers import DependencyState, DependencyView, LeaderView, utc
 from manager.core.index import Index, index_of
 from manager.core.model import ClusterState, NodeRow
-from manager.settings import ControllerSettings, NodeSettings
+from manager.core.packing import PackGroup
+from manager.settings import AutoscalerSettings, ControllerSettings, NodeSettings
 from manager.store import Store
 
 LOOK_S: Final = 1.0
 FRESH_S: Final = 0.2
 """Answers about the cluster are this old at most; a flood of such questions costs five looks a second."""
 FSYNC_S: Final = 5.0
+AUTOSCALER: Final = "autoscaler"
+"""The role of autoscalers, who have a leader of their own."""
 
 
 class Largest(msgspec.Struct, frozen=True):
@@ -38,6 +41,8 @@ class Snapshot(msgspec.Struct, frozen=True):
         silent: nodes whose beat has not changed for a lease, or that were never seen to beat for so long.
         largest: per number of devices (from 1), the best that any known node has.
         at_s: when, on this process's monotonic clock.
+        registration_s: a Dask worker that has not reported for so long has failed to register.
+        dependencies: how the parts are that others need.
     """
 
     state: ClusterState
@@ -47,6 +52,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     leader: LeaderView
     fsync: str
     at_s: float
+    registration_s: float
+    dependencies: tuple[DependencyView, ...]
 
     def store_now_ms(self) -> int:
         """The store's clock now, as far as this process can tell."""
@@ -70,15 +77,30 @@ class ClusterWatch:
 
     Args:
         store: asked each second.
-        node, controller: say how long a silence is meant.
+        node, controller, autoscaler: say how long a silence is meant.
+        groups: nodes of these can be added, so what they could hold is feasible.
     """
 
-    def __init__(self, store: Store, node: NodeSettings, controller: ControllerSettings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        node: NodeSettings,
+        controller: ControllerSettings,
+        autoscaler: AutoscalerSettings,
+        groups: tuple[PackGroup, ...] = (),
+    ) -> None:
         self._store = store
+        self._groups = groups
         self._lease_s = node.beat_s * node.lease_beats
         self._term_s = controller.term_s
+        self._scaler_term_s = autoscaler.term_s
+        self._scaler_wanted = autoscaler.mode != "off"
+        self._details: dict[str, str] = {}
         self._nodes: dict[str, _Seen] = {}
+        self._registration_s = node.registration_s
         self._leader: _Seen | None = None
+        self._scaler: _Seen | None = None
+        self._since: dict[str, tuple[DependencyState, int]] = {}
         self._fsync = ("unknown", float("-inf"))
         self._looking: asyncio.Task[Snapshot] | None = None
         self.snapshot: Snapshot | None = None
@@ -103,25 +125,68 @@ class ClusterWatch:
         return last if last is not None and time.monotonic() - last.at_s < FRESH_S else await self.look()
 
     async def _look(self) -> Snapshot:
-        state, (_, token, beat, holder) = await asyncio.gather(
-            self._store.look(leader=False), self._store.lead("", 0, 0, "read")
+        state, (_, token, beat, holder), (_, scaler_token, scaler_beat, scaler) = await asyncio.gather(
+            self._store.look(leader=False),
+            self._store.lead("", 0, 0, "read"),
+            self._store.lead("", 0, 0, "read", AUTOSCALER),
         )
         now_s = time.monotonic()
         if now_s - self._fsync[1] >= FSYNC_S:
             self._fsync = (await self._store.fsync_policy(), now_s)
         self._nodes = {row.node: _observe(self._nodes.get(row.node), (row.incarnation, row.beat), now_s) for row in state.nodes}
         self._leader = _observe(self._leader, (f"{token} {holder}", beat), now_s)
+        self._scaler = _observe(self._scaler, (f"{scaler_token} {scaler}", scaler_beat), now_s)
+        leads = _beating(self._leader, holder, now_s, self._term_s)
+        scales = _beating(self._scaler, scaler, now_s, self._scaler_term_s) if scaler_token else None
+        self._note_states(_states(leads, state.dask, scales, scaler_seen=scaler_token > 0), state)
         silent = frozenset(name for name, seen in self._nodes.items() if now_s - seen.at_s >= self._lease_s)
         self.snapshot = Snapshot(
             state=state,
             index=index_of(state),
             silent=silent,
-            largest=_largest(state),
-            leader=LeaderView(holder, token, _beating(self._leader, holder, now_s, self._term_s)),
+            largest=_largest(state, self._groups),
+            leader=LeaderView(holder, token, leads),
             fsync=self._fsync[0],
             at_s=now_s,
+            registration_s=self._registration_s,
+            dependencies=tuple(
+                DependencyView(name=name, state=known, since_at=utc(since_ms), detail=self._details[name])
+                for name, (known, since_ms) in self._since.items()
+            ),
         )
         return self.snapshot
+
+    def _note_states(self, states: dict[str, tuple[DependencyState, str]], state: ClusterState) -> None:
+        """Remember since when each part is as it is; of Dask the leader knows better."""
+        if not self._scaler_wanted and states["autoscaler"][0] is not DependencyState.OK:
+            del states["autoscaler"]
+            self._since.pop("autoscaler", None)
+        self._details = {name: detail for name, (_, detail) in states.items()}
+        for name, (known, _) in states.items():
+            if name not in self._since or self._since[name][0] is not known:
+                self._since[name] = (known, state.now_ms)
+        if self._since["scheduler"][0] is not DependencyState.UNKNOWN and state.dask_ms is not None:
+            self._since["scheduler"] = (self._since["scheduler"][0], state.dask_ms)
+
+
+def _states(
+    leads: bool | None, dask: bool | None, scales: bool | None, *, scaler_seen: bool
+) -> dict[str, tuple[DependencyState, str]]:
+    """What follows for each part, with a word about it where that is needed."""
+    ok, unknown, down = DependencyState
+    as_state = {True: ok, None: unknown, False: down}
+    return {
+        "store": (ok, ""),
+        "api": (ok, ""),
+        "controller": (as_state[leads], "" if leads is not False else "none leads"),
+        "scheduler": (unknown, "only a controller that leads can tell")
+        if leads is False
+        else (
+            as_state[dask],
+            "" if dask is not False else "the controller does not reach it",
+        ),
+        "autoscaler": (as_state[scales], "" if scaler_seen and scales is not False else "none runs"),
+    }
 
 
 def _observe(seen: _Seen | None, beat: tuple[str, int], now_s: float) -> _Seen:
@@ -139,18 +204,25 @@ def _beating(seen: _Seen, holder: str, now_s: float, term_s: float) -> bool | No
     return True if seen.changed else None
 
 
-def _largest(state: ClusterState) -> tuple[Largest, ...]:
-    """For 1, 2, … devices: the most memory that one node could promise on each of so many, were it empty."""
+def _largest(state: ClusterState, groups: tuple[PackGroup, ...]) -> tuple[Largest, ...]:
+    """For 1, 2, … devices: the most memory that one node, there or added, could promise on each of so many, were it empty."""
     best: list[Largest] = []
+
+    def offer(rank: int, usable: int, node: str, model: str) -> None:
+        if rank == len(best):
+            best.append(Largest(usable, node, model))
+        elif usable > best[rank].usable_bytes:
+            best[rank] = Largest(usable, node, model)
+
     for row in state.nodes:
         if row.left:
             continue
         reserve = row.info.reserve_bytes
         devices = sorted(row.info.devices, key=lambda device: -device.memory_bytes)
         for rank, device in enumerate(devices):
-            usable = max(0, device.memory_bytes - reserve)
-            if rank == len(best):
-                best.append(Largest(usable, row.node, device.model))
-            elif usable > best[rank].usable_bytes:
-                best[rank] = Largest(usable, row.node, device.model)
+            offer(rank, max(0, device.memory_bytes - reserve), row.node, device.model)
+    if best:  # with no node known, nothing can be said
+        for group in groups:
+            for rank, usable in enumerate(group.kind.sizes if group.nodes_max else ()):
+                offer(rank, usable, f"a node of group {group.name}", "device")
     return tuple(best)

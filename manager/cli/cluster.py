@@ -101,8 +101,11 @@ def version(session: Session) -> int:
 @command("demo", client=True)
 @click.option("--tasks", type=click.IntRange(60, 500), default=72, help="How many tasks classify; 72 if left out.")
 @click.option("--own", is_flag=True, help="On a cluster of its own, even where one runs.")
-def demo(session: Session, *, tasks: int, own: bool) -> int:
+@click.option("--quick", is_flag=True, help="Only the digits: leave out the second act, which takes some minutes.")
+def demo(session: Session, *, tasks: int, own: bool, quick: bool) -> int:
     """Train a small network on handwritten digits, then classify all 1,797 images in many tasks.
+
+    In a second act a minute of matrix multiplications makes the autoscaler add nodes, which it takes away afterwards.
 
     Uses the running cluster, else starts one of its own and stops it at the end. Needs torch and scikit-learn
     (pip install 'rocyard[torch,demo]').
@@ -115,4 +118,4 @@ def demo(session: Session, *, tasks: int, own: bool) -> int:
     if missing:
         raise click.UsageError(f"the demo needs {' and '.join(missing)}: pip install 'rocyard[torch,demo]'")
     with cluster_for_demo(session, own=own) as address, Client(address) as client:
-        return run_demo(client, session.console, tasks, classify_here, as_json=session.wants_json)
+        return run_demo(client, session.console, tasks, classify_here, as_json=session.wants_json, scaling=not quick)

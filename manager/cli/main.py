@@ -27,6 +27,7 @@ class Entry(msgspec.Struct, frozen=True):
 CLUSTER: Final = "manager.cli.cluster"
 TASKS: Final = "manager.cli.tasks"
 PROCESSES: Final = "manager.cli.processes"
+WORKERS: Final = "manager.cli.workers"
 
 SECTIONS: Final[dict[str, dict[str, Entry]]] = {
     "A cluster on this machine": {
@@ -43,17 +44,28 @@ SECTIONS: Final[dict[str, dict[str, Entry]]] = {
         "cancel": Entry(f"{TASKS}:cancel", "End some"),
         "functions": Entry(f"{TASKS}:functions", "What tasks can run"),
     },
+    "Nodes and slots": {
+        "cordon": Entry(f"{WORKERS}:cordon", "Nothing new on a node"),
+        "uncordon": Entry(f"{WORKERS}:uncordon", "Let it take on work again"),
+        "drain": Entry(f"{WORKERS}:drain", "Empty a node, and remove it if asked"),
+        "warm": Entry(f"{WORKERS}:warm", "Keep slots open ahead of need"),
+        "unload": Entry(f"{WORKERS}:unload", "Close idle slots, with their models"),
+    },
     "The cluster": {
         "status": Entry(f"{CLUSTER}:status", "Tasks, devices and problems"),
+        "top": Entry("manager.cli.top:top", "The same, live"),
         "workers": Entry(f"{CLUSTER}:workers", "Nodes and their devices"),
         "keys": Entry("manager.cli.keys:keys", "Make, list and revoke API keys"),
+        "certs": Entry("manager.cli.certs:certs", "Make the certificates for TLS"),
+        "doctor": Entry("manager.cli.doctor:doctor_command", "What is wrong here, and what to do about it"),
+        "autoscaler": Entry("manager.cli.autoscaler:autoscaler", "Adds and removes nodes: its process, and its decisions"),
         "version": Entry(f"{CLUSTER}:version", "Versions of Rocyard and of what it runs on"),
     },
     "Its processes, each alone": {
         "store": Entry(f"{PROCESSES}:store", "The embedded store"),
         "scheduler": Entry(f"{PROCESSES}:scheduler", "The Dask scheduler"),
         "controller": Entry(f"{PROCESSES}:controller", "The controller"),
-        "node": Entry(f"{PROCESSES}:node", "A node's agent: on each machine with devices"),
+        "node": Entry("manager.cli.join:node", "A node's agent: on each machine with devices"),
         "api": Entry(f"{PROCESSES}:api", "The REST API"),
     },
 }

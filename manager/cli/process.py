@@ -10,6 +10,10 @@ from manager.settings import Settings
 
 def run_role(role: str, settings: Settings) -> int:
     """Run one role until it is told to stop; each imports only what it needs."""
+    if settings.tls.directory:
+        from manager.tls import Role, settings_for
+
+        settings = settings_for(settings, Role(role))
     match role:
         case "api":
             from manager.api.serve import serve
@@ -29,8 +33,12 @@ def run_role(role: str, settings: Settings) -> int:
             from plugins.node.process import run as run_node
 
             return run_node(settings)
+        case "autoscaler":
+            from autoscaler.process import run as run_autoscaler
+
+            return run_autoscaler(settings)
         case _:
-            raise ValueError(f"there is no role {role!r}: api, controller, scheduler or node")
+            raise ValueError(f"there is no role {role!r}: api, autoscaler, controller, scheduler or node")
 
 
 def main() -> int:

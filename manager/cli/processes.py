@@ -19,7 +19,6 @@ def _role(name: str, doc: str) -> Command:
 
 scheduler = _role("scheduler", "Run the Dask scheduler with the placement plugin.")
 controller = _role("controller", "Run the controller. Several may run: one leads, the others wait to take over.")
-node = _role("node", "Run the agent of this machine: its devices, its Dask worker and its executors.")
 api = _role("api", "Run the REST API.")
 
 
@@ -27,9 +26,11 @@ api = _role("api", "Run the REST API.")
 def store(session: Session) -> int:
     """Run the embedded store: for one machine. A cluster of several uses a Redis or Valkey of its own."""
     from manager.store.server import EmbeddedStore
+    from manager.tls import Role, tls_files
 
     settings = session.settings()
-    spec = EmbeddedStore(Path(settings.data_dir), settings.store.port).prepare()
+    files = tls_files(settings.tls, Role.STORE)
+    spec = EmbeddedStore(Path(settings.data_dir), settings.store.port, host=settings.store.host, tls=files).prepare()
     session.note(f"{spec.program} {spec.version} on port {spec.port}; passwords are in {settings.data_dir}/store.json")
     # The server takes this process's place, so that signals reach it. Its configuration fits into a pipe's 64 KiB.
     reader, writer = os.pipe()

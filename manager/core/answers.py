@@ -168,7 +168,11 @@ class WorkerState(enum.StrEnum):
     """How a node is doing."""
 
     LIVE = "live"
-    NO_WORKER = "no_worker"  # its agent beats, its Dask worker does not report
+    REGISTERING = "registering"  # its agent beats, its Dask worker has not reported yet
+    NO_WORKER = "no_worker"  # nor has it within node.registration_s: the node failed to register
+    CORDONED = "cordoned"  # takes no new slots; those that are open go on
+    DRAINING = "draining"  # and those that are open end at their next task boundary
+    DRAINED = "drained"  # none is left
     SILENT = "silent"  # its agent has not beaten for a lease
     LOST = "lost"  # the leader has declared it lost
     LEFT = "left"  # its agent stopped cleanly
@@ -180,6 +184,11 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         source: what its devices are: amd, nvidia or simulated.
         readings_age_s: how old what is said of its devices is; null without readings.
+        group: of the autoscaler; empty: none.
+        cordon: what it may not take on: empty, ``cordon`` (new slots), ``drain`` (open ones end too).
+        cordoned_by: ``operator``, ``autoscaler``, or ``agent``: it is being stopped.
+        deadline_at: when a drain gives running tasks back to the queue; null: it waits for them.
+        remove: whether it goes for good once it is drained.
     """
 
     node: str
@@ -191,6 +200,12 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     tasks_running: int
     readings_age_s: float | None = None
     devices: tuple[DeviceView, ...] = ()
+    group: str = ""
+    cordon: str = ""
+    cordoned_by: str = ""
+    cordoned_at: Time | None = None
+    deadline_at: Time | None = None
+    remove: bool = False
 
 
 class WorkerList(msgspec.Struct, frozen=True):
@@ -218,6 +233,7 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: what a slot leases on each device: what was asked for, rounded up.
         oldest_wait_s: since its first task was queued; null where none waits.
         run_s: learned run time of its tasks; null where none has ended.
+        slots_warm: how many are to be open although nothing waits.
     """
 
     shape_id: str
@@ -229,6 +245,7 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
     slots_opening: int
     oldest_wait_s: float | None = None
     run_s: float | None = None
+    slots_warm: int = 0
 
 
 class SlotView(msgspec.Struct, frozen=True, kw_only=True):
@@ -237,6 +254,8 @@ class SlotView(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         flag: what it was asked to do next: close, drain, preempt, or nothing.
         served: tasks that have ended in it.
+        kind: ``direct`` for one that runs a Dask task of somebody who uses Dask directly: it has no shape, and its tenant is
+            called ``dask``. Empty for all others.
     """
 
     slot_id: str
@@ -251,6 +270,7 @@ class SlotView(msgspec.Struct, frozen=True, kw_only=True):
     served: int
     open_s: float | None = None
     idle_s: float | None = None
+    kind: str = ""
 
 
 class LeaderView(msgspec.Struct, frozen=True):
@@ -280,6 +300,47 @@ class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
 
 
+class DependencyState(enum.StrEnum):
+    """What is known of a part that others need."""
+
+    OK = "ok"
+    UNKNOWN = "unknown"
+    DOWN = "down"
+
+
+class DependencyView(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the cluster that others need.
+
+    Attributes:
+        name: store, scheduler, api, controller or autoscaler.
+        since_at: since when it was seen so, at the latest.
+        detail: in words, where there is something to say.
+    """
+
+    name: str
+    state: DependencyState
+    since_at: Time
+    detail: str = ""
+
+
+class GroupView(msgspec.Struct, frozen=True, kw_only=True):
+    """A group of nodes: what the autoscaler may change.
+
+    Attributes:
+        workers: nodes of it that have not left and are not lost.
+        starting, draining: how many of them.
+        workers_min, workers_max: bounds; null for a group that nodes name and the settings do not.
+    """
+
+    name: str
+    workers: int
+    starting: int
+    draining: int
+    provider: str = ""
+    workers_min: int | None = None
+    workers_max: int | None = None
+
+
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster at one moment. Queues and slots are those of the key's tenant; an admin sees all.
 
@@ -298,6 +359,8 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     leader: LeaderView
     store: StoreView
     services: tuple[ServiceView, ...]
+    dependencies: tuple[DependencyView, ...] = ()
+    groups: tuple[GroupView, ...] = ()
 
 
 class KeyView(msgspec.Struct, frozen=True, kw_only=True):
@@ -410,3 +473,141 @@ def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
         args=spec.args if with_args else msgspec.UNSET,
         result=msgspec.Raw(b"null" if record.result is None else record.result),
     )
+
+
+class JoinStore(msgspec.Struct, frozen=True):
+    """Where the store listens, with passwords. `worker_url` is empty where Dask workers have no user of their own."""
+
+    url: str
+    worker_url: str
+    deadline_s: float
+
+
+class JoinDask(msgspec.Struct, frozen=True):
+    """Where the Dask scheduler listens."""
+
+    host: str
+    port: int
+    worker_threads: int
+
+
+class JoinLimits(msgspec.Struct, frozen=True):
+    """Settings that are the same on all nodes of a cluster."""
+
+    beat_s: float
+    lease_beats: int
+    executor_crashes_max: int
+    grace_s: float
+    result_bytes_max: int
+    log_bytes_max: int
+
+
+class JoinView(msgspec.Struct, frozen=True):
+    """What a node agent on another machine needs. A host that means every address stands for the one that was called."""
+
+    version: str
+    store: JoinStore
+    dask: JoinDask
+    limits: JoinLimits
+
+
+class ScalingGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """One group in a decision of the autoscaler.
+
+    Attributes:
+        need: nodes that it should have, by the metrics; null where they are not known.
+        truth: the same from the queue itself, where that was looked up.
+        size: nodes that there are, those that start included.
+        starting, busy, draining: how many of them.
+        target: how many it is brought to.
+        reason: why something is done, or nothing.
+        blocked_s: no nodes are added for so long, for `blocked_reason`.
+    """
+
+    group: str
+    need: int | None
+    truth: int | None = None
+    size: int
+    starting: int = 0
+    busy: int = 0
+    draining: int = 0
+    target: int
+    reason: str
+    blocked_s: float = 0.0
+    blocked_reason: str = ""
+
+
+class ScalingAction(msgspec.Struct, frozen=True):
+    """What was done: `action` is add, drain, uncordon or remove; `result` is done, shadow, or what went wrong."""
+
+    action: str
+    group: str
+    names: tuple[str, ...]
+    reason: str
+    result: str
+
+
+class DecisionNote(msgspec.Struct, frozen=True, kw_only=True):
+    """A decision of the autoscaler with what it knew, as it lies in its journal.
+
+    Attributes:
+        metrics: why the metrics were not believed; empty where they were.
+        infeasible: waiting tasks that no node could ever hold, by reason.
+        repeats: how many decisions before this one were like the one before it, and were not written.
+    """
+
+    mode: str
+    metrics: str
+    groups: tuple[ScalingGroup, ...]
+    actions: tuple[ScalingAction, ...]
+    infeasible: dict[str, int] = {}
+    repeats: int = 0
+
+
+class DecisionView(DecisionNote, frozen=True, kw_only=True):
+    """A decision of the autoscaler, as the API shows it."""
+
+    id: str
+    at: Time
+
+
+class DecisionList(msgspec.Struct, frozen=True):
+    """Decisions, newest first. `next_cursor` leads on to older ones; null: there are none."""
+
+    decisions: tuple[DecisionView, ...]
+    next_cursor: str | None
+
+
+class GroupBounds(msgspec.Struct, frozen=True, kw_only=True):
+    """A group as the settings have it."""
+
+    name: str
+    provider: str
+    devices: str
+    workers_min: int
+    workers_max: int
+
+
+class AutoscalerView(msgspec.Struct, frozen=True):
+    """The autoscaler: what it may do, and what it decided last."""
+
+    mode: str
+    groups: tuple[GroupBounds, ...]
+    last: DecisionView | None
+
+
+class WarmView(msgspec.Struct, frozen=True):
+    """Slots that are kept open although nothing waits for them, until then."""
+
+    shape_id: str
+    memory_bytes: int
+    gpus: int
+    slots: int
+    until_at: Time
+
+
+class Unloaded(msgspec.Struct, frozen=True):
+    """Idle slots that close now. One that is busy stays until it has been idle for long enough by itself."""
+
+    shapes: int
+    slots: int

@@ -282,6 +282,12 @@ MODELS: Final[dict[str, Model]] = {
 _GROUP: Final = re.compile(r"([0-9]{1,4})x([0-9]{1,4}):([a-z0-9]{1,20})")
 
 
+def reserve_of(devices: Sequence[Device], reserve_bytes: int, memory_ratio_max: float) -> int:
+    """Bytes of each device of a node that are never leased: what was set, or what the largest may not use."""
+    largest = max((device.memory_bytes for device in devices), default=0)
+    return max(reserve_bytes, largest - int(largest * memory_ratio_max))
+
+
 def parse_fleet(text: str) -> tuple[SimulatedNode, ...]:
     """The nodes of a simulated fleet such as ``"2x2:mi300x"`` or ``"1x8:mi300x,4x1:rx7900xtx"``.
 

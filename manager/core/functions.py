@@ -10,6 +10,8 @@ import msgspec
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9_.-]{0,63}$"
 _NAME: Final = re.compile(NAME_PATTERN)
+DEFAULT_ENVIRONMENT: Final = "default"
+"""The agent's own interpreter."""
 
 
 class PublishedFunction(msgspec.Struct, frozen=True):
@@ -32,7 +34,7 @@ class PublishedFunction(msgspec.Struct, frozen=True):
     memory_bytes: int
     gpus: int = 1
     time_limit_s: float | None = None
-    environment: str = "default"
+    environment: str = DEFAULT_ENVIRONMENT
     max_tasks_per_slot: int = 0
     error: str = ""
 

@@ -115,7 +115,7 @@ class Agent:
         self.token = 0
 
     async def join(self) -> None:
-        info = NodeInfo(hostname="host", pid=1, source="simulated", version="0", devices=self.devices, reserve_bytes=GIB)
+        info = NodeInfo(hostname=self.node, pid=1, source="simulated", version="0", devices=self.devices, reserve_bytes=GIB)
         assert await self.store.register(self.node, self.incarnation, info)
         uses = tuple(DeviceUse(uuid=device.uuid, used_bytes=0) for device in self.devices)
         await self.store.put_heartbeat(self.node, "tcp://127.0.0.1:1", uses)

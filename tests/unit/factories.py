@@ -12,7 +12,7 @@ from manager.core.shapes import Shape
 from plugins.node.link import Beat, LiveSlot, Report
 
 NOW_MS = 1_000_000
-LIMITS = Limits(drain_target_s=1.0, idle_s=60.0, residence_s=1.0, slots_per_shape_max=64)
+LIMITS = Limits(drain_target_s=1.0, idle_s=60.0, residence_s=1.0, slots_per_shape_max=64, idle_per_node_max=64)
 
 
 def device(uuid: str, gib: float) -> Device:

@@ -36,8 +36,8 @@ def test_every_command_and_option_is_documented(name, command):
 
 
 def test_every_documented_command_exists():
-    known = {name for name, _ in commands()} | {"keys"}
-    for name in re.findall(r"^\| `rocyard ([a-z]+(?: (?:create|list|revoke))?)", CLI, re.MULTILINE):
+    known = {name for name, _ in commands()} | {"keys", "autoscaler"}
+    for name in re.findall(r"^\| `rocyard ([a-z]+(?: (?:create|list|revoke|history))?)", CLI, re.MULTILINE):
         assert name in known
 
 

@@ -30,6 +30,10 @@ def task_row(**values: bytes) -> list[bytes | None]:
     return [known.get(field) for field in rows.TASK_FIELDS]
 
 
+def look(queues=(), slots=(), nodes=(), refused=(), dask=(b"", b"")):
+    return rows.state([1, list(queues), list(slots), list(nodes), list(refused), list(dask)])
+
+
 def test_a_task_that_is_not_there_is_none():
     assert rows.task("x", [None] * len(rows.TASK_FIELDS)) is None
 
@@ -69,7 +73,7 @@ def test_a_listed_task_has_the_fields_of_the_library_in_its_order():
 def test_a_slot_has_the_fields_of_the_library_in_its_order():
     values = {"shape": b"sh", "status": b"OPEN", "devices": b"a,b", "flag": b"drain", "idle": b"7", "token": b"3"}
     row = [b"s1", *(values.get(field, b"") for field in lua_fields("SLOT_FIELDS")), 2]
-    (slot,) = rows.state([1, [], [row], []]).slots
+    (slot,) = look(slots=[row]).slots
     assert (slot.slot_id, slot.shape_id, slot.status) == ("s1", "sh", SlotStatus.OPEN)
     assert (slot.devices, slot.flag, slot.idle_ms, slot.token, slot.running) == (("a", "b"), SlotFlag.DRAIN, 7, 3, 2)
     assert slot.opened_ms is None
@@ -78,7 +82,7 @@ def test_a_slot_has_the_fields_of_the_library_in_its_order():
 @pytest.mark.parametrize(("text", "head"), [(b"", None), (b"100000000", 10**8), (b"1e+8", 10**8)])
 def test_the_head_of_a_queue_as_either_server_writes_it(text: bytes, head: int | None):
     row = [b"sh", encode_shape(SHAPE), 4, text, b"", b"12.500", 0, b""]
-    (queue,) = rows.state([1, [row], [], []]).queues
+    (queue,) = look(queues=[row]).queues
     assert (queue.head, queue.depth, queue.run_s, queue.shape) == (head, 4, 0.0125, SHAPE)
 
 
@@ -88,27 +92,27 @@ def node_row(uses: bytes = b"", seen: bytes = b"", address: bytes = b"", fenced:
 
 
 def test_a_node_is_fenced_when_its_present_incarnation_is():
-    fenced = [rows.state([1, [], [], [node_row(fenced=word)]]).nodes[0].fenced for word in (b"", b"old", b"inc")]
+    fenced = [look(nodes=[node_row(fenced=word)]).nodes[0].fenced for word in (b"", b"old", b"inc")]
     assert fenced == [False, False, True]
 
 
 def test_a_nodes_readings():
     use = DeviceUse(uuid="gpu-0", used_bytes=7, slots={"s1": 5})
     row = node_row(msgspec.json.encode((use,)), b"99", b"tcp://1")
-    (node,) = rows.state([1, [], [], [row]]).nodes
+    (node,) = look(nodes=[row]).nodes
     assert (node.uses, node.uses_ms, node.address, node.beat, node.info) == ((use,), 99, "tcp://1", 4, INFO)
 
 
 @pytest.mark.parametrize("uses", [b"\xff", b"{}", b'[{"uuid":"a"}]', b"[" * 5000])
 def test_readings_that_cannot_be_read_are_none(uses: bytes):
-    (node,) = rows.state([1, [], [], [node_row(uses, b"99")]]).nodes
+    (node,) = look(nodes=[node_row(uses, b"99")]).nodes
     assert (node.uses, node.uses_ms) == ((), None)
 
 
 def test_a_node_that_never_registered_is_left_out():
     row = node_row()
     row[3] = b""
-    assert rows.state([1, [], [], [row]]).nodes == ()
+    assert look(nodes=[row]).nodes == ()
 
 
 def test_an_event_with_and_without_its_result():
@@ -133,4 +137,14 @@ def test_device_fields_that_are_newer_than_this_program_do_no_harm():
     info = msgspec.json.decode(msgspec.json.encode(INFO))
     row = node_row()
     row[3] = msgspec.json.encode({**info, "later": 1})
-    assert rows.state([1, [], [], [row]]).nodes[0].info == INFO
+    assert look(nodes=[row]).nodes[0].info == INFO
+
+
+@pytest.mark.parametrize(("said", "expected"), [(b"", None), (b"ok", True), (b"down", False)])
+def test_what_the_leader_says_of_dask(said: bytes, expected: bool | None):
+    assert look(dask=(said, b"7" if said else b"")).dask is expected
+
+
+def test_refused_registrations_by_name():
+    found = look(refused=[b"n2", b"9 why: this", b"n1", b"8 that"]).refused
+    assert [(row.node, row.at_ms, row.problem) for row in found] == [("n1", 8, "that"), ("n2", 9, "why: this")]
