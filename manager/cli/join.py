@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 @command("node", settings=True)
-@click.option(
-    "--join", "join_url", metavar="URL", help="Join the cluster of the API there, with the key in $ROCYARD_API_KEY."
-)
+@click.option("--join", "join_url", metavar="URL", help="Join the cluster of the API there, with the key in $ROCYARD_API_KEY.")
 @click.option(
     "--certs",
     "certs",

@@ -18,7 +18,6 @@ from manager.cli.exits import Exit
 from manager.cli.session import Session, command
 
 if TYPE_CHECKING:
-
     from manager.cli.screens_top import Look, Sample
     from manager.client import Client
 
