@@ -462,7 +462,7 @@ async def test_the_walk_catches_a_planted_fault(mutant_server: StoreServer, name
         assert await caught(lab, walks), f"the walk did not notice: {name}"
 
 
-@pytest.mark.parametrize("test", {test for _, _, test in MUTANTS.values()}, ids=lambda test: test.__name__)
+@pytest.mark.parametrize("test", list(dict.fromkeys(test for _, _, test in MUTANTS.values())), ids=lambda test: test.__name__)
 async def test_without_a_fault_nothing_is_caught(mutant_server: StoreServer, test: Test):
     async with connected(mutant_server.url) as lab:
         assert await caught(lab, test) == ""
