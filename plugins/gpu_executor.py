@@ -24,6 +24,7 @@ from distributed.worker import Worker
 from distributed.worker_state_machine import SecedeEvent
 
 from manager.core.gpu_tasks import GpuResultUnreadable, GpuTaskCrashed, MemoryExceeded
+from plugins.node.functions.direct import PART
 from plugins.node.link import AgentLink, DirectEnded, DirectOutcome, LinkBroken
 from plugins.slot import GpuWorkNotPlaced, assigned_of
 
@@ -131,8 +132,8 @@ class GpuExecutor(concurrent.futures.Executor):
             await asyncio.sleep(AGAIN_PAUSE_S)
             return Outcome(task.key, error=Reschedule())
         finally:
-            call.unlink(missing_ok=True)
-            result.unlink(missing_ok=True)
+            for path in (call, result, base.with_suffix(f".result{PART}")):
+                path.unlink(missing_ok=True)
 
     async def _come_of(self, key: Any, end: DirectEnded, result: Path) -> Outcome:
         match end.outcome:

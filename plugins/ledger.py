@@ -18,6 +18,8 @@ from manager.core.shapes import Shape
 from plugins.held import Held, Priority
 from plugins.node.link import Beat, Report
 
+GONE_S: Final = 3600.0
+"""A node with no Dask worker and no lease for so long is forgotten: names of nodes that scaling took away do not come back."""
 KEPT_S: Final = 10.0
 """Room that the leader has had kept, and no longer asks for, is given to anybody after this: a leader may be gone."""
 PLACING_S: Final = 5.0
@@ -78,6 +80,8 @@ class Ledger:
         self.held = Held()
         self.names: dict[str, frozenset[str]] = {}  # node → what it may be called in `SlotRequest.places`
         self.placed_s: dict[str, float] = {}
+        self._generations: dict[str, tuple[str, int]] = {}  # node → of whom it has registered last
+        self._away_s: dict[str, float] = {}  # node without a Dask worker → since when
         self._kept_s = 0.0
         self._cordoned: frozenset[str] = frozenset()
         self._cordoned_there: set[str] = set()
@@ -144,6 +148,11 @@ class Ledger:
         gone = [slot_id for slot_id in slots if self.index.free(slot_id, now_s) is not None]
         self._sort(gone, now_s)
 
+    def is_outdated(self, report: Report) -> bool:
+        """Whether a newer Dask worker of the same agent has registered before: what this one says is not so any more."""
+        incarnation, generation = self._generations.get(report.node, ("", 0))
+        return report.incarnation == incarnation and report.generation < generation
+
     def register(self, report: Report, now_s: float, names: Iterable[str] = ()) -> None:
         """A node's Dask worker registers. The report is the whole truth about that node.
 
@@ -152,7 +161,10 @@ class Ledger:
             now_s: the scheduler's clock.
             names: what the node may be called beside its own name.
         """
+        self._forget_nodes(now_s)
         self.names[report.node] = frozenset({report.node, *names})
+        self._generations[report.node] = report.incarnation, report.generation
+        self._away_s.pop(report.node, None)
         index = self.index
         index.add_node(report.node, report.incarnation, report.devices, report.reserve_bytes, report.slots_max)
         live = {slot.slot_id: slot.grant for slot in report.slots}
@@ -181,10 +193,19 @@ class Ledger:
         if (view := self.index.nodes.get(node)) is not None:
             view.cordoned = there or node in self._cordoned
 
-    def unreachable(self, node: str) -> None:
+    def unreachable(self, node: str, now_s: float) -> None:
         """The node has no Dask worker now. Its leases stay."""
         if (view := self.index.nodes.get(node)) is not None:
             view.reachable = False
+            self._away_s[node] = now_s
+
+    def _forget_nodes(self, now_s: float) -> None:
+        """Forget nodes that have been away for long and have nothing."""
+        for node in [node for node, since_s in self._away_s.items() if now_s - since_s > GONE_S]:
+            if not self.index.nodes[node].slots:
+                self.index.remove_node(node)
+                self._cordoned_there.discard(node)
+                del self._away_s[node], self.names[node], self._generations[node]
 
     def hear(self, beat: Beat, now_s: float, *, heard_s: float, silent: bool) -> None:
         """News of a node.

@@ -174,6 +174,9 @@ class PlacementPlugin(SchedulerPlugin):
         if report is None:
             log.info("worker_without_devices", worker=worker)
             return
+        if self.ledger.is_outdated(report):
+            log.warning("worker_replaced", node=report.node, worker=worker, generation=report.generation)
+            return
         self.addresses[report.node] = worker
         self.nodes[worker] = report.node
         self.ledger.register(report, time.monotonic(), names=(worker, get_address_host(worker)))
@@ -186,7 +189,7 @@ class PlacementPlugin(SchedulerPlugin):
         node = self.nodes.pop(worker, None)
         if node is not None and self.addresses.get(node) == worker:
             del self.addresses[node]
-            self.ledger.unreachable(node)
+            self.ledger.unreachable(node, time.monotonic())
             log.info("worker_gone", node=node, worker=worker)
 
     @_guarded
@@ -292,6 +295,12 @@ class PlacementPlugin(SchedulerPlugin):
 
     async def rpc_lost(self, node: str, incarnation: str) -> str:
         """The leader has declared an incarnation dead, and ended its slots in the store."""
+        view = self.ledger.index.nodes.get(node)
+        if view is not None and view.incarnation == incarnation:
+            # Processes of Dask tasks there have ended, or will as soon as the agent does anything. It may never: others run
+            # them now.
+            recommendations: Recs = {self.direct.keys[slot]: "released" for slot in view.slots if slot in self.direct.keys}
+            self.scheduler.transitions(recommendations, stimulus_id=f"rocyard-lost-{time.time()}")
         self.ledger.lost(node, incarnation, time.monotonic())
         self.ask_pump()
         return "OK"

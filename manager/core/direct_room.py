@@ -7,7 +7,7 @@ work never end for them: who uses Dask directly has no say about what was promis
 from collections.abc import Container, Iterable
 from typing import Final
 
-from manager.core.closing import Close
+from manager.core.closing import WARM_COST, Close
 from manager.core.index import Index
 from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
 from manager.core.model import ClusterState
@@ -23,7 +23,7 @@ REASON: Final = "DaskTasksWait"
 def closes_for_direct(
     state: ClusterState, index: Index, waiting: Iterable[DirectDemand], ending: Container[str]
 ) -> list[Close]:
-    """Idle slots that are to end so that what waits finds room, the longest idle first.
+    """Idle slots that are to end so that what waits finds room, the longest idle first, those that are kept warm last.
 
     Args:
         state: one look at the store.
@@ -33,11 +33,13 @@ def closes_for_direct(
     """
     scratch = index.copy()
     costs: dict[str, float] = {}
+    warm = {queue.shape_id for queue in state.queues if queue.warm}
     for slot in state.slots:
         if slot.flag is not SlotFlag.NONE or slot.slot_id in ending:
             scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
         elif slot.kind is SlotKind.TASKS and slot.status is SlotStatus.OPEN and slot.idle_ms is not None and not slot.running:
-            costs[slot.slot_id] = 1.0 / (1.0 + max(0.0, (state.now_ms - slot.idle_ms) / 1000))
+            idle_s = max(0.0, (state.now_ms - slot.idle_ms) / 1000)
+            costs[slot.slot_id] = 1.0 / (1.0 + idle_s) + (WARM_COST if slot.shape_id in warm else 0.0)
     closes: list[Close] = []
     searches = 0
     for request in waiting:

@@ -120,11 +120,13 @@ class DirectRunner:
         """Have the store note it: why not, or nothing."""
         store, grant = self.context.store, self.grant
         pause_s = STORE_PAUSE_S[0]
-        while self._why is None:
+        unsure = False  # the store may have noted it, and nobody but us would ever close it: its answer must be had
+        while self._why is None or (unsure and self._why is not Ending.FENCED):
             try:
                 incarnation = self.context.incarnation
                 word = await store.open_direct(self.slot_id, grant.node, incarnation, grant.devices, grant.memory_bytes)
             except StoreUnavailable:
+                unsure = True
                 await asyncio.sleep(pause_s)
                 pause_s = min(STORE_PAUSE_S[1], pause_s * 2)
                 continue

@@ -21,6 +21,8 @@ from manager.core.model import DeviceUse
 from manager.core.wire import FrameReader, pack
 
 READ_BYTES: Final = 65536
+BACKLOG: Final = 4096
+"""Connections that wait while the agent is busy: one for each slot that is opened or ended at once. More would be refused."""
 
 
 class OpenSlot(msgspec.Struct, frozen=True, tag="open"):
@@ -267,7 +269,7 @@ async def serve_link(path: str, answer: Callable[[Request], Awaitable[Answer]]) 
         finally:
             writer.close()
 
-    return await asyncio.start_unix_server(handle, path)
+    return await asyncio.start_unix_server(handle, path, backlog=BACKLOG)
 
 
 async def _while_connected(

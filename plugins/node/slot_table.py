@@ -128,8 +128,13 @@ class SlotTable:
     async def _serve_direct(self, runner: DirectRunner) -> None:
         try:
             await runner.run()
+        except Exception:
+            LOOP_ERRORS.labels(loop="direct").inc()
+            log.exception("loop_failed", loop="direct", slot=runner.slot_id)
         finally:
             self._gone(runner)
+            if not runner.finished.done():  # its end could not be told to the store; its Dask worker waits for it all the same
+                runner.finished.set_result("Failed")
 
     async def _serve(self, runner: SlotRunner) -> None:
         """From the store's word to the slot's end."""
@@ -158,7 +163,8 @@ class SlotTable:
 
     def _gone(self, runner: SlotRunner | DirectRunner) -> None:
         """Nothing is left of it."""
-        shutil.rmtree(runner.context.scratch / runner.slot_id, ignore_errors=True)
+        # In a thread: to delete what a task has left may take seconds, in which the agent would seem dead to its executors.
+        self._spawn(asyncio.to_thread(shutil.rmtree, runner.context.scratch / runner.slot_id, ignore_errors=True))
         self.live.pop(runner.slot_id, None)
         self.closed.append(runner.slot_id)
         if self.cordoned:

@@ -429,9 +429,9 @@ def test_an_executor_that_ended_for_a_silent_agent_blames_nobody(cluster: Cluste
     agent.suspend()
     try:
         eventually(lambda: is_gone(pid), 15, "its process has ended itself")
+        started(tmp_path / "n", "t", 2)  # elsewhere, as soon as the leader has declared the node lost
     finally:
         agent.resume()
-    started(tmp_path / "n", "t", 2)
     gate.touch()
     assert future.result(timeout=30)["name"] == "t"
     eventually(lambda: all(row.address and not row.fenced for row in cluster.state().nodes), 40, "the node is back")

@@ -4,14 +4,17 @@ import asyncio
 import random
 import threading
 import time
+from pathlib import Path
 
 import dask
 import pytest
+from dask import bag
 from distributed import Client
 
 import rocyard
 from manager.core.gpu_tasks import GpuAnnotationRefused, GpuExplanation, GpuTaskCrashed, MemoryExceeded
 from manager.core.quantities import GIB
+from plugins.node.functions.direct import PART
 from plugins.node.link import DirectOutcome
 from tests.integration.dask_world import World, configured, eventually, worlds
 from tests.unit import factories as make
@@ -161,6 +164,27 @@ async def test_nested_arguments_and_uploaded_modules_arrive(world, tmp_path):
 
 
 # --- beside others --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_collection_is_annotated_where_it_is_computed_or_is_not_optimised(world, whole):
+    agent = await world.agent("a", 24)
+    numbers = bag.from_sequence([1, 2], npartitions=2)
+    with rocyard.gpu(memory="16GiB"):
+        more = numbers.map(plus)
+        future = world.client.compute(more) if whole else None
+    if future is None:
+        future = world.client.compute(more.map(plus), optimize_graph=False)
+    while not future.done():
+        await eventually(lambda: agent.direct or future.done(), "the next one runs")
+        for slot_id in list(agent.direct):
+            agent.finish(slot_id)
+    assert await future == ([2, 3] if whole else [3, 4])
+    if whole:
+        assert len(agent.asked) >= 3, "both parts, and what joins them"
+    else:
+        assert len(agent.asked) == 2, "the middle of each part"
+    await nothing_left(world)
 
 
 async def test_plain_tasks_run_while_many_gpu_tasks_do(world):
@@ -435,6 +459,35 @@ async def test_a_lost_worker_ends_its_tasks_and_they_run_again(world):
     agent.finish(second)
     assert await future == 2
     await nothing_left(world)
+
+
+async def test_tasks_of_a_lost_node_run_elsewhere_although_its_dask_worker_lives(world):
+    lost = await world.agent("a", 24)
+    future = submit(world, plus, 1)
+    (slot_id,) = await running(lost)
+    lost.frozen.clear()  # it answers nobody, and may never again
+    other = await world.agent("b", 24)
+    await world.dask.lost("a", "i0")
+    assert set(world.ledger.index.grants) == {slot_id}, "that was its predecessor"
+    await world.dask.lost("a", "i1")
+    other.finish((await running(other))[0])
+    assert await future == 2
+    lost.frozen.set()
+    await eventually(lambda: slot_id in lost.ended, "Dask's word reaches it when it wakes up")
+    await nothing_left(world)
+
+
+async def test_what_a_killed_process_had_begun_to_write_is_removed(world):
+    agent = await world.agent("a", 24)
+    future = submit(world, plus, 1)
+    (slot_id,) = await running(agent)
+    part = Path(agent.direct[slot_id].result_path + PART)
+    await asyncio.to_thread(part.write_bytes, b"half of it")
+    assert len(list(part.parent.iterdir())) == 2, "it, and the call"
+    agent.close(slot_id, DirectOutcome.CRASHED)
+    with pytest.raises(GpuTaskCrashed):
+        await future
+    assert list(part.parent.iterdir()) == []
 
 
 async def test_a_lost_result_is_computed_again_in_a_slot(world):

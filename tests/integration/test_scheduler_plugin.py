@@ -288,6 +288,19 @@ async def test_a_lost_node_gets_nothing_until_another_incarnation_registers(worl
     await eventually(lambda: "t" in agent.live, "the new incarnation is trusted")
 
 
+async def test_a_worker_that_registers_after_its_successor_is_not_heard(world):
+    agent = await world.agent("a", 24)
+    newest, address, generation = agent.worker, agent.worker.address, agent.generation
+    agent.generation -= 2
+    await agent.start_worker()
+    assert world.plugin.addresses == {"a": address}
+    await agent.kill_worker()
+    assert world.plugin.addresses == {"a": address}, "its end is nothing to its successor"
+    agent.worker, agent.generation = newest, generation
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is placed")
+
+
 async def test_room_that_is_kept_goes_to_the_slot_that_it_is_kept_for(world):
     agent = await world.agent("a", 24)
     await world.submit("s", 12)

@@ -2,6 +2,7 @@
 
 import pickle
 
+import msgspec
 import pytest
 
 from manager.core.closing import Close
@@ -84,11 +85,11 @@ def ends(state, *waiting, ending=()):
     return [close.slot_id for close in closes_for_direct(state, index_of(state), waiting, ending)]
 
 
-def open_slot(name, idle_s=None, **more):
+def open_slot(name, idle_s=None, shape_id="q", **more):
     idle_ms = None if idle_s is None else make.NOW_MS - int(idle_s * 1000)
     return SlotRow(
         slot_id=name,
-        shape_id="q",
+        shape_id=shape_id,
         status=SlotStatus.OPEN,
         node="a",
         incarnation="i1",
@@ -104,6 +105,13 @@ def test_the_longest_idle_slot_ends_for_a_dask_task_that_waits():
     assert closes_for_direct(state, index_of(state), [asked(8)], ()) == [Close("old", REASON)]
     assert ends(state, asked(20)) == ["old", "young"]
     assert ends(state, asked(12, count=9)) == ["old", "young"]
+
+
+def test_a_slot_that_is_kept_warm_ends_after_the_other_idle_ones():
+    queues = [msgspec.structs.replace(make.queue("q", make.shape(12), 0), warm=1), make.queue("r", make.shape(12), 0)]
+    state = make.state(queues, (open_slot("warm", 50.0), open_slot("idle", 1.0, shape_id="r")), {"a": [24]})
+    assert ends(state, asked(8)) == ["idle"]
+    assert ends(state, asked(20)) == ["idle", "warm"]
 
 
 @pytest.mark.parametrize(

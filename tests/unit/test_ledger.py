@@ -1,12 +1,13 @@
 """The scheduler's book: held until it fits, bound to its node while it has a lease, and never promised twice."""
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 
 from manager.core.lifecycle import SlotKind
 from manager.core.quantities import GIB
-from plugins.ledger import KEPT_S, PLACING_S, Assignment, DirectWaiting, Ledger, SlotRequest
+from plugins.ledger import GONE_S, KEPT_S, PLACING_S, Assignment, DirectWaiting, Ledger, SlotRequest
 from tests.unit import factories as make
 
 D0 = make.grant("a", "d0", 16)
@@ -60,7 +61,7 @@ def test_a_lost_dask_task_frees_nothing_and_comes_back_to_its_node():
     ledger = book(make.report("a", [24]), make.report("b", [24]))
     ask(ledger, "s")
     decided(ledger)
-    ledger.unreachable("a")
+    ledger.unreachable("a", 0.0)
     ledger.hold("s", 1.0)
     assert ledger.decide(2.0) == [], "b has room, but the slot lives on a"
     ask(ledger, "t", 24)
@@ -120,7 +121,7 @@ def test_a_slot_of_a_node_that_is_away_waits_for_it(known):
     ledger = book(make.report("b", [24]))
     if known:
         ledger.register(make.report("a", [24], s=D0), 0.0)
-        ledger.unreachable("a")
+        ledger.unreachable("a", 0.0)
     ask(ledger, "s", node="a")
     assert ledger.decide(1.0) == []
 
@@ -136,6 +137,34 @@ def test_a_lost_node_loses_its_leases_and_gets_nothing_until_another_incarnation
     assert ledger.decide(2.0) == []
     ledger.register(make.report("a", [24], incarnation="i2"), 3.0)
     assert set(decided(ledger)) == {"t"}
+
+
+def test_the_report_of_a_worker_that_was_replaced_is_outdated():
+    newer = make.report("a", [24])
+    ledger = book(newer)
+    older = msgspec.structs.replace(newer, generation=newer.generation - 1)
+    assert ledger.is_outdated(older)
+    assert not ledger.is_outdated(newer), "a new scheduler's connection"
+    assert not ledger.is_outdated(msgspec.structs.replace(older, incarnation="i2")), "another agent counts anew"
+
+
+@pytest.mark.parametrize(
+    ("away_s", "more", "nodes"),
+    [
+        (GONE_S + 1, {}, {"b"}),
+        (GONE_S - 1, {}, {"a", "b"}),
+        (GONE_S + 1, {"s": D0}, {"a", "b"}),
+    ],
+    ids=["gone for long", "not for long", "has a lease"],
+)
+def test_a_node_that_is_gone_is_forgotten_after_a_while(away_s, more, nodes):
+    ledger = book(make.report("a", [24], **more))
+    ledger.unreachable("a", 10.0)
+    ledger.register(make.report("b", [24]), 10.0 + away_s)
+    assert set(ledger.index.nodes) == set(ledger.names) == nodes
+    ledger.register(make.report("a", [24], **more), 11.0 + away_s)
+    ledger.register(make.report("c", [24]), 20.0 + 3 * GONE_S)
+    assert "a" in ledger.index.nodes, "it is back"
 
 
 # --- news between registrations -------------------------------------------------------------------------------------
@@ -391,7 +420,7 @@ def test_whatever_comes_nothing_is_promised_twice_and_nobody_is_forgotten(histor
                 agents[node].clear()
                 incarnations[node] += 1
             case "unreachable", node:
-                ledger.unreachable(node)
+                ledger.unreachable(node, now_s)
             case "lost", node:
                 ledger.lost(node, f"i{incarnations[node]}", now_s)
                 agents[node].clear()  # its slots have their tombstones: an agent that wakes up ends them

@@ -8,9 +8,12 @@ import pickle
 import sys
 from pathlib import Path
 from types import CoroutineType
-from typing import Any
+from typing import Any, Final
 
 import cloudpickle  # type: ignore[import-untyped]
+
+PART: Final = ".part"
+"""Ends the name of a result that is being written. One whose writer was killed is whoever's that asked for the result."""
 
 
 def run_call(call: str, result: str) -> bool:
@@ -42,7 +45,7 @@ def run_call(call: str, result: str) -> bool:
 
 
 def _write(result: str, outcome: tuple[bool, Any]) -> None:
-    part = Path(result + ".part")
+    part = Path(result + PART)
     with part.open("wb") as file:
         cloudpickle.dump(outcome, file, protocol=5)
     part.replace(result)
