@@ -114,7 +114,11 @@ def _make(directory: Path, hosts: tuple[str, ...], days: int, node: str, *, rene
         )
     if node and not renew and (directory / NODES_NAME / node / CA_NAME).exists():
         raise BadRequest(f"there is a certificate for {node} already: --renew makes it anew")
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not directory.exists():
+        directory.mkdir(mode=0o700, parents=True)
+    elif not exists and any(directory.iterdir()):
+        # It may be anybody's, /etc among them: neither its mode is ours to change, nor are keys to lie among other files.
+        raise BadRequest(f"{directory} holds other files: name a folder that is empty, or one that is not there yet")
     directory.chmod(0o700)
     authority = _read_authority(directory) if exists else _make_authority(directory)
     targets: list[tuple[Path, Role, str]] = []
@@ -235,7 +239,7 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    if not _HOST.fullmatch(host):
+    if not _HOST.fullmatch(host) or host.replace(".", "").isdigit():
         raise BadRequest(f"{host[:80]!r} is no host: write a name such as gpu-1.example.org, or an address such as 10.0.0.7")
     return x509.DNSName(host)
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from manager.client_address import ClusterAddress
+from manager.client_address import GIVEN, ClusterAddress, checked_url
 from manager.client_errors import TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_wire import Wire, segment
 from manager.core import answers
@@ -118,7 +118,7 @@ class Client:
     @classmethod
     def at(cls, url: str, api_key: str, ca: str = "") -> Self:
         """A client of the cluster at `url`; `ca` as in `ClusterAddress`."""
-        return cls(ClusterAddress(url.rstrip("/"), Secret(api_key), "arguments", "arguments", ca))
+        return cls(ClusterAddress(checked_url(url), Secret(api_key), GIVEN, GIVEN, ca))
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ file is only ever used for the URL in the same file, so that no other host is se
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -17,6 +18,7 @@ URL_VARIABLE: Final = "ROCYARD_URL"
 KEY_VARIABLE: Final = "ROCYARD_API_KEY"
 CA_VARIABLE: Final = "ROCYARD_CA"
 FOLDER_VARIABLE: Final = "ROCYARD_DATA_DIR"
+GIVEN: Final = "an argument"
 FILE_NAME: Final = "client.json"
 FILE_BYTES_MAX: Final = 64 * 1024
 """A hundred times a real one."""
@@ -67,13 +69,13 @@ def find_cluster(
     Raises:
         SettingsError: nothing was found, or only half of it; says what to do.
     """
-    source = "arguments" if url else URL_VARIABLE
-    key_source = "arguments" if api_key else KEY_VARIABLE
+    source = GIVEN if url else URL_VARIABLE
+    key_source = GIVEN if api_key else KEY_VARIABLE
     url = url or variables.get(URL_VARIABLE) or ""
     api_key = api_key or variables.get(KEY_VARIABLE) or ""
     ca = ca or variables.get(CA_VARIABLE) or ""
     if url and api_key:
-        return ClusterAddress(_checked(url), Secret(api_key), source, key_source, ca or _known_ca(url, data_dir, variables))
+        return ClusterAddress(checked_url(url), Secret(api_key), source, key_source, ca or _known_ca(url, data_dir, variables))
     path = client_file(data_dir or variables.get(FOLDER_VARIABLE) or Settings().data_dir)
     found = _read(path)
     if not url:
@@ -83,9 +85,9 @@ def find_cluster(
                 f"{KEY_VARIABLE}."
             )
         key_source = key_source if api_key else str(path)
-        return ClusterAddress(_checked(found.url), Secret(api_key or found.api_key), str(path), key_source, ca or found.ca)
-    if found is not None and _checked(found.url) == _checked(url):
-        return ClusterAddress(_checked(url), Secret(found.api_key), source, str(path), ca or found.ca)
+        return ClusterAddress(checked_url(found.url), Secret(api_key or found.api_key), str(path), key_source, ca or found.ca)
+    if found is not None and checked_url(found.url) == checked_url(url):
+        return ClusterAddress(checked_url(url), Secret(found.api_key), source, str(path), ca or found.ca)
     raise SettingsError(f"No API key for {url}: set {KEY_VARIABLE} (an admin makes keys with 'rocyard keys create').")
 
 
@@ -95,13 +97,45 @@ def _known_ca(url: str, data_dir: str | None, variables: Mapping[str, str]) -> s
         found = _read(client_file(data_dir or variables.get(FOLDER_VARIABLE) or Settings().data_dir))
     except SettingsError:
         return ""
-    return found.ca if found is not None and found.url == _checked(url) else ""
+    return found.ca if found is not None and found.url == checked_url(url) else ""
 
 
-def _checked(url: str) -> str:
-    if not url.startswith(("http://", "https://")) or len(url) < 8:
+def checked_url(url: str) -> str:
+    """`url` without a slash at its end.
+
+    Raises:
+        SettingsError: it is none of a cluster.
+    """
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        user = parts.username is not None
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port that is no number, half an IPv6 address, or a host's name that no resolver takes
+        sound, user = False, False
+    if user:
+        # It is not shown: a password may stand in it.
+        raise SettingsError(
+            f"the URL of a cluster has no user and no password: write one such as 'http://127.0.0.1:8000', and the key into "
+            f"{KEY_VARIABLE}."
+        )
+    if not sound or "?" in url or "#" in url or not url.isascii() or not url.isprintable() or " " in url:
         raise SettingsError(f"{url[:80]!r} is no URL of a cluster: write one such as 'http://127.0.0.1:8000'.")
     return url.rstrip("/")
+
+
+def checked_key(api_key: str, source: str) -> str:
+    """`api_key`, if it can be sent.
+
+    Raises:
+        SettingsError: it cannot; the message does not show it.
+    """
+    if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+        raise SettingsError(
+            f"The API key from {source} has signs that no key has, such as a space, an end of line or an umlaut: a key "
+            "looks like 'ry_…'."
+        )
+    return api_key
 
 
 def _read(path: Path) -> ClientFile | None:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from manager.client_address import CA_VARIABLE, ClusterAddress
+from manager.client_address import CA_VARIABLE, ClusterAddress, checked_key
 from manager.client_errors import ClusterUnreachable, UnexpectedAnswer, error_of
 from manager.core.errors import BadRequest, SettingsError, Unauthorized
 from manager.tls import client_context
@@ -39,9 +39,10 @@ class Wire:
     def __init__(self, address: ClusterAddress, transport: httpx.BaseTransport | None = None) -> None:
         self.address = address
         self._answered = False
+        key = checked_key(address.api_key.value, address.key_source)
         self._http = httpx.Client(
             base_url=address.url,
-            headers={"Authorization": f"Bearer {address.api_key.value}", "Accept": "application/json"},
+            headers={"Authorization": f"Bearer {key}", "Accept": "application/json"},
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=CONNECTIONS_MAX, keepalive_expiry=IDLE_CONNECTION_S),
             transport=transport,
@@ -115,6 +116,8 @@ class Wire:
                 f"{self.address.url} is not believed: its certificate is none of {believed} for that name ({_words(error)}). "
                 f"Set {CA_VARIABLE} to the path of the cluster's ca.pem, and name it by what its certificate is for."
             )
+        if "WRONG_VERSION_NUMBER" in str(error):
+            return ClusterUnreachable(f"{self.address.url} answers without TLS: write http:// for a cluster that has none.")
         return ClusterUnreachable(
             f"No cluster answers at {self.address.url} ({_words(error)}; the address is from {self.address.source}). "
             "Start one with 'rocyard up', or set ROCYARD_URL."

@@ -40,6 +40,7 @@ SECRET_BYTES_MAX: Final = 64 * 1024
 PROBLEMS_MAX: Final = 20
 """More at once help nobody."""
 
+_NODE_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _API_KEY: Final = re.compile(r"[\x21-\x7e]{16,256}")
 _TARGET: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -143,7 +144,7 @@ class _Builder:
             case inspect.DictType(value_type=inspect.StructType(cls=cls)):
                 return {name: self.build(cls, (*path, name), below) for name, below in self._children(path, values).items()}
             case _:
-                return self._leaf(path, values, lambda origin: _convert(kind, info, path[-1], origin))
+                return self._leaf(path, values, lambda origin: _named(path, _convert(kind, info, path[-1], origin)))
 
     def _leaf(self, path: SettingPath, values: Values, read: Any) -> Any:
         deeper = [origin for below, origin in values.items() if below != path]
@@ -355,9 +356,16 @@ def _describe(info: inspect.Type, unit: str) -> str:
             return "true or false"
         case inspect.IntType() | inspect.FloatType():
             noun = {"bytes": "a size such as 24GiB", "seconds": "a duration such as 90s or 5m"}.get(unit)
-            return (noun or "a whole number") + _bounds(info)
+            return (noun or ("a whole number" if isinstance(info, inspect.IntType) else "a number")) + _bounds(info)
         case _:
             raise NotImplementedError(f"no words for {info}")
+
+
+def _named(path: SettingPath, value: Any) -> Any:
+    """`value`, if it can be what `path` names: a node's name is a folder's too, and stands in paths of the API."""
+    if path == ("node", "name") and value and not _NODE_NAME.fullmatch(value):
+        raise ValueError(f"must be letters, digits, '.', '_' and '-', at most 63, not {value[:80]!r}")
+    return value
 
 
 def _bounds(info: inspect.IntType | inspect.FloatType) -> str:

@@ -66,6 +66,7 @@ class Supervisor:
         self.stopping = asyncio.Event()
         self.fleet: Fleet | None = None
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._silence = ""  # why the store has not answered
 
     async def run(self) -> int:
         """Start everything, supervise it until stopped, end everything."""
@@ -83,12 +84,15 @@ class Supervisor:
 
     async def _start(self, began_s: float) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for role in Role:
+            if role is not Role.STORE:  # which may be another's; ours is looked at where it is started
+                tls_files(self.settings.tls, role)
         self.settings = self._with_groups(_with_ports(self.settings))
         embedded = await self._start_store()
         url = settings_for(self.settings, Role.CONTROLLER).store.url.value
         store = connect(url, self.settings.store.deadline_s, "supervisor")
         try:
-            await self._until(lambda: _answers(store), "store")
+            await self._until(lambda: self._answers(store), "store")
             await _identify(store, self.directory, fresh=embedded is not None)
             await store.deploy()
             await store.forget_functions()
@@ -232,12 +236,22 @@ class Supervisor:
                 return
             failing = next((child for child in self._everybody if child.restarts >= 3), None)
             if failing is not None or time.monotonic() > deadline_s:
-                child = failing or self.children[-1]
+                child = failing or next(reversed(self.children), None)
+                if child is None:  # the store is the first that is waited for, and it is not ours
+                    raise StartError(f"the store of store.url did not answer in {START_S:.0f} s: {self._silence}")
                 raise StartError(
                     f"the {what} did not start; {child.command.name} says (log: {child.log_path}):\n{child.tail()}"
                 )
             self.screen.waiting(what, [child.command.name for child in self._everybody])
             await asyncio.sleep(POLL_S)
+
+    async def _answers(self, store: Store) -> bool:
+        try:
+            await store.ping()
+        except RocyardError as error:
+            self._silence = str(error)
+            return False
+        return True
 
     async def _serves(self, nodes: int, store: Store, client: httpx.AsyncClient) -> bool:
         """Whether a task could run: API, leader, and every node with its Dask worker."""
@@ -296,14 +310,6 @@ async def _opens(store: Store, key: str) -> bool:
     """Whether the store has this key, unrevoked."""
     parts = parse_key(key)
     return parts is not None and verify(await read_key(store, parts[0]), parts[1])
-
-
-async def _answers(store: Store) -> bool:
-    try:
-        await store.ping()
-    except RocyardError:
-        return False
-    return True
 
 
 async def _identify(store: Store, directory: Path, *, fresh: bool) -> None:

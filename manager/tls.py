@@ -5,6 +5,7 @@ process is handed the files of its own role and reads no other key. Owns the lea
 redis: those take paths, and a URL that names them.
 """
 
+import contextlib
 import socket
 import ssl
 import stat
@@ -23,6 +24,8 @@ CA_NAME: Final = "ca.pem"
 VERSION_MIN: Final = ssl.TLSVersion.TLSv1_3
 STORE_VERSION_MIN: Final = ssl.TLSVersion.TLSv1_2
 """A store of one's own may be older; the embedded one is told to speak 1.3 alone."""
+_PURPOSE: Final = 26
+"""OpenSSL's code for a certificate that is for other uses: the store's is for no client."""
 _SECURE_SCHEMES: Final = frozenset({"rediss", "unix"})
 
 
@@ -50,7 +53,7 @@ def tls_files(tls: TlsSettings, role: Role) -> TlsFiles | None:
     """The files of `role`; None where TLS is off.
 
     Raises:
-        SettingsError: one is missing, or everybody may read the key.
+        SettingsError: one is missing, everybody may read the key, or others would not believe the certificate.
     """
     if not tls.directory:
         return None
@@ -68,7 +71,53 @@ def tls_files(tls: TlsSettings, role: Role) -> TlsFiles | None:
     # A group may read it: that is how Kubernetes hands a secret to a process that is not root.
     if Path(found.key).stat().st_mode & stat.S_IRWXO:
         raise SettingsError(f"tls.directory: {found.key} is open to everybody: chmod 600 {found.key}")
+    _check_believed(found, f"'rocyard certs {folder} --renew' makes all of them anew, where the authority's key is kept")
     return found
+
+
+def _check_believed(files: TlsFiles, remedy: str) -> None:
+    """What others would refuse later, one by one and in words of OpenSSL, is told at once: a file that is none, another
+    certificate's key, another authority, an end that has come.
+
+    Raises:
+        SettingsError: they would.
+    """
+    connects = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    connects.check_hostname, connects.verify_mode = False, ssl.CERT_NONE
+    try:
+        connects.load_cert_chain(files.certificate, files.key, password="")  # an encrypted key must not make it ask
+        listens = server_context(files)
+    except ssl.SSLError as error:
+        why = error.reason or "no PEM, or an encrypted key"
+        raise SettingsError(
+            f"tls.directory: {files.certificate} and {files.key} are no certificate with its key ({why}): {remedy}"
+        ) from None
+    try:
+        listens.load_verify_locations(files.ca)
+    except ssl.SSLError:
+        raise SettingsError(f"tls.directory: {files.ca} is no certificate: copy the cluster's ca.pem there") from None
+    listens.verify_mode = ssl.CERT_REQUIRED
+    try:
+        _shake_hands(listens, connects)
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code != _PURPOSE:
+            raise SettingsError(
+                f"tls.directory: {files.certificate} is not believed by who has {files.ca} ({error.verify_message}): {remedy}"
+            ) from None
+
+
+def _shake_hands(listens: ssl.SSLContext, connects: ssl.SSLContext) -> None:
+    """Two contexts meet in memory.
+
+    Raises:
+        ssl.SSLError: they do not come together.
+    """
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = (connects.wrap_bio(back, there), listens.wrap_bio(there, back, server_side=True))
+    for _ in range(3):  # TLS 1.3 takes two turns
+        for side in sides:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
 
 
 def settings_for(settings: Settings, role: Role) -> Settings:

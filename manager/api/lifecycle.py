@@ -124,6 +124,8 @@ class LifecycleRoutes:
         function = None if wanted.function is None else (await self._functions.find(wanted.function)).published
         shape, identity, resources = shape_for(wanted.resources, function, tenant)
         seconds = _seconds("for", wanted.for_, WARM_S_MAX)
+        if wanted.slots and not seconds:
+            raise BadRequest("for: must be more than 0, such as '10m'; to end it early, ask for 0 slots.", field="for")
         snapshot = await self._watch.fresh()
         refuse_infeasible(shape, resources.memory_bytes, snapshot.largest)
         most = min(

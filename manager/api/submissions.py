@@ -89,10 +89,10 @@ def refuse_infeasible(shape: Shape, asked_bytes: int, largest: tuple[Largest, ..
         asked = format_memory(asked_bytes)
         if shape.memory_bytes != asked_bytes:
             asked += f" (a lease of {format_memory(shape.memory_bytes)})"
-        where = "The largest device is" if shape.gpus == 1 else f"On {shape.gpus} devices at once, the largest are of"
+        where = "The largest device," if shape.gpus == 1 else f"On {shape.gpus} devices at once, the largest,"
         raise Infeasible(
-            f"{within}resources.memory: {asked} is more than any device here could ever hold. {where} a {best.model} on "
-            f"{best.node}, which can hold {best.usable_bytes / 2**30:.1f} GiB.",
+            f"{within}resources.memory: {asked} is more than any device here could ever hold. {where} {best.model} on "
+            f"{best.node}, can hold {best.usable_bytes / 2**30:.1f} GiB{' each' if shape.gpus > 1 else ''}.",
             memory_bytes=shape.memory_bytes,
             usable_bytes_max=best.usable_bytes,
             node=best.node,

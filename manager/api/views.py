@@ -182,7 +182,7 @@ def problems(snapshot: Snapshot, depth: int) -> tuple[str, ...]:
         depth: tasks that wait.
     """
     found: list[str] = []
-    waiting = f" while {depth} tasks wait" if depth else ""
+    waiting = f" while {depth} {'task waits' if depth == 1 else 'tasks wait'}" if depth else ""
     if snapshot.fsync not in {"always", "unknown"}:
         found.append(
             f"The store does not sync each write to disk (appendfsync is {snapshot.fsync}): accepted tasks may be lost "

@@ -25,9 +25,10 @@ import psutil
 from packaging.requirements import Requirement
 
 from manager import doctor, ports
-from manager.core.errors import StartError
+from manager.core.errors import SettingsError, StartError
 from manager.doctor import SHM, Check, DeviceFile, DriverLook, Import, Package, Torch
-from manager.settings import Settings
+from manager.settings import Settings, TlsSettings
+from manager.tls import Role, tls_files
 from plugins.node.devices.interface import VISIBILITY_VARIABLES, driver_pids_are_ours
 from plugins.node.devices.probe import Prober
 
@@ -168,7 +169,17 @@ def certificates(directory: str) -> Check:
         told = f"{folder} cannot be read: {error}"
         return Check(doctor.MACHINE, "certificates", doctor.Status.FAIL, told, f"rocyard certs {folder} makes them")
     expires = {f"{view.role}{f' of {view.name}' if view.name else ''}": view.expires_at for view in found}
-    return doctor.certificates_check(expires, dt.datetime.now(dt.UTC), directory)
+    dates = doctor.certificates_check(expires, dt.datetime.now(dt.UTC), directory)
+    if dates.status is doctor.Status.FAIL:
+        return dates
+    try:
+        for role in Role:
+            if (folder / f"{role}.pem").exists():  # another machine has the node's alone
+                tls_files(TlsSettings(directory=directory), role)
+    except SettingsError as error:
+        told, _, remedy = str(error).rpartition(": ")
+        return Check(doctor.MACHINE, "certificates", doctor.Status.FAIL, told, remedy)
+    return dates
 
 
 def clock_synchronised() -> bool | None:

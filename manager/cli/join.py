@@ -32,9 +32,10 @@ def node(session: Session, *, join_url: str | None, certs: Path | None, name: st
     """
     from manager.cli.process import run_role
 
-    settings = session.settings()
     if name:
-        settings = msgspec.structs.replace(settings, node=msgspec.structs.replace(settings.node, name=name))
+        overrides = (*session.options.overrides, ("node.name", name))
+        session = Session(msgspec.structs.replace(session.options, overrides=overrides), session.environ)
+    settings = session.settings()
     if join_url is not None:
         settings = _joined(session, settings, join_url, certs)
     elif certs is not None:

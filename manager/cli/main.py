@@ -3,10 +3,11 @@
 A command's module is only imported when the command runs, so that help and simple commands start fast.
 """
 
+import io
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Final
 
@@ -14,7 +15,7 @@ import click
 import msgspec
 
 from manager.cli.session import Output, common_options
-from manager.core.errors import RocyardError
+from manager.core.errors import BadRequest, RocyardError
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -118,10 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from manager.cli.exits import Exit
 
     args = list(sys.argv[1:] if argv is None else argv)
+    _stand_any_terminal()
+    for word in args:
+        if not _is_text(word):
+            return _report(BadRequest(f"{word!r} is not UTF-8; write it in UTF-8."), as_json=_asked_for_json(args))
     try:
         code = root.main(args=args, prog_name="rocyard", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if _asked_for_json(args):
+            _report_json("Usage", error.format_message(), Exit.USAGE)
+        else:
+            error.show()
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
@@ -133,6 +141,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
     return code if isinstance(code, int) else Exit.OK
+
+
+def _stand_any_terminal() -> None:
+    """Where stdout has no sign for a character (a terminal that is not UTF-8), it shows ``?`` and nothing fails."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _is_text(word: str) -> bool:
+    """Whether an argument can be sent on; bytes that are no text come in as lone surrogates."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in word)
 
 
 def _asked_for_json(args: Sequence[str]) -> bool:
@@ -150,14 +169,18 @@ def _report(error: RocyardError, *, as_json: bool) -> int:
 
     code = exit_of(error)
     if as_json:
-        body = {"code": error.code, "message": str(error), "exit": int(code), **error.details}
-        click.echo(msgspec.json.encode({"error": body}, enc_hook=str).decode(), err=True)
+        _report_json(error.code, str(error), code, error.details)
     else:
         texts = [f"error: {plain(str(error))}", *(plain(note) for note in getattr(error, "__notes__", ()))]
         wide = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
         head, *rest = "\n".join(texts if wide is None else (wrapped(text, wide) for text in texts)).split(":", 1)
         click.echo(click.style(f"{head}:", fg="red", bold=True) + "".join(rest), err=True)
     return code
+
+
+def _report_json(code: str, message: str, exit_code: int, details: Mapping[str, object] | None = None) -> None:
+    body = {"code": code, "message": message, "exit": int(exit_code), **(details or {})}
+    click.echo(msgspec.json.encode({"error": body}, enc_hook=str).decode(), err=True)
 
 
 if __name__ == "__main__":

@@ -159,8 +159,10 @@ def workers_screen(workers: Sequence[WorkerView]) -> RenderableType:
 def worker_state(worker: WorkerView) -> Text:
     """How a node is, and what it has in hand."""
     text = Text(worker.state.replace("_", " "), STATES[worker.state])
-    if worker.cordon and worker.state not in _CORDONED:
+    if worker.cordon and worker.state not in {*_CORDONED, WorkerState.LEFT}:
         text.append(", draining" if worker.cordon == Cordon.DRAIN else ", cordoned", "yellow")
+    if worker.state is WorkerState.LEFT:
+        return text  # it has nothing in hand, and what was to become of it has
     left = count(worker.slots, "slot") + " left"
     return text.append(f" · {left if worker.cordon == Cordon.DRAIN else f'{worker.tasks_running} running'}", "dim")
 

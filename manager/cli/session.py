@@ -239,7 +239,7 @@ def read_object(text: str) -> dict[str, Any]:
         try:
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BadRequest(f"{source} cannot be read: {error}") from error
+            raise BadRequest(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         found = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """`rocyard top`: the cluster, live. A thread asks the API; this one draws and reads keys, so that neither has to wait."""
 
 import contextlib
+import math
 import os
 import select
 import shutil
@@ -101,10 +102,13 @@ def top(session: Session, *, once: bool, interval: float) -> int:
     """
     from manager.cli.screens_top import RATE_WINDOW_S
 
+    if math.isnan(interval):  # click's range lets it pass
+        raise click.BadParameter("nan is no number of seconds, such as 2", param_hint="--interval")
+    drawable = sys.stdout.isatty() and sys.stdin.isatty() and not session.console.is_dumb_terminal
     with session.client() as client:
         poller = Poller(client, interval, RATE_WINDOW_S)
         poller.ask()
-        if once or session.wants_json or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        if once or session.wants_json or not drawable:
             _once(session, poller, client.address.url)
             return Exit.OK
         poller.start()

@@ -238,7 +238,7 @@ def _running(record: TaskRecord, now_ms: int, silent: frozenset[str]) -> tuple[W
             f"A slot on {record.node} has taken it (attempt {record.attempt}); it starts with its turn there.",
         )
     for_s = format_duration(max(0, now_ms - record.started_ms) / 1000)
-    return Why.RUNNING, f"It runs on {record.node} for {for_s} (attempt {record.attempt})."
+    return Why.RUNNING, f"It has been running on {record.node} for {for_s} (attempt {record.attempt})."
 
 
 def _retry(record: TaskRecord) -> str:

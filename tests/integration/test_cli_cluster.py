@@ -38,7 +38,7 @@ def test_a_task_is_listed_shown_explained_and_cancelled(cluster):
     listed = answer(rocyard(cluster, "tasks", "--function", "sleep", "--output", "json"))
     assert task in [one["task_id"] for one in listed]
     eventually(lambda: answer(rocyard(cluster, "show", task, "-o", "json"))["status"] == "RUNNING", 30, "it runs")
-    assert "It runs on node-" in rocyard(cluster, "explain", task).stdout
+    assert "It has been running on node-" in rocyard(cluster, "explain", task).stdout
     assert rocyard(cluster, "cancel", task).stdout == f"{task} is being ended\n"
     shown = eventually(
         lambda: (found := answer(rocyard(cluster, "show", task, "-o", "json")))["status"] != "RUNNING" and found, 15, "ended"

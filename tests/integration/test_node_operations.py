@@ -410,6 +410,7 @@ def test_what_is_warm_makes_room_for_work(cluster: Cluster, gate: Gate) -> None:
         pytest.param({"slots": 1, "for_": "10m"}, BadRequest, "Name a function", id="nothing named"),
         pytest.param({"function": "ehco", "for_": "10m"}, NotFound, "Did you mean 'echo'", id="no such function"),
         pytest.param({"function": "echo", "for_": "10 years"}, BadRequest, "for: '10 years' is not a duration", id="no time"),
+        pytest.param({"function": "echo", "for_": 0}, BadRequest, "for: must be more than 0", id="no time at all"),
         pytest.param({"function": "echo", "for_": "8d"}, BadRequest, "for: 192h 00m is over the limit", id="too long"),
         pytest.param({"function": "echo", "for_": "1m", "memory": "500GiB"}, Infeasible, "could ever hold", id="too large"),
         pytest.param({"function": "echo", "for_": "1m", "slots": 10_001}, BadRequest, "slots: Expected", id="too many"),

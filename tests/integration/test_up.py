@@ -1,5 +1,6 @@
 """``rocyard up`` as a person meets it: start, stop, start again, and what it says when it cannot."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,8 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from manager import supervisor
+from manager.core.errors import StartError
 from manager.core.lifecycle import TaskStatus
 from manager.core.requests import KeyScope
+from manager.screen import Screen
+from manager.settings import ApiSettings, DaskSettings, Secret, Settings, StoreSettings
 from manager.store.server import EmbeddedStore, is_ready
 from tests.integration.cluster import Cluster, eventually
 
@@ -173,3 +178,19 @@ def test_a_store_of_ones_own_is_used(own: Cluster, tmp_path: Path) -> None:
             assert server.poll() is None
         finally:
             server.kill()
+
+
+def test_a_store_that_is_not_ours_and_does_not_answer_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "START_S", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and listens not: nobody answers there
+        url = f"redis://:hidden@127.0.0.1:{taken.getsockname()[1]}/0"
+        settings = Settings(
+            data_dir=str(tmp_path),
+            store=StoreSettings(url=Secret(url)),
+            api=ApiSettings(port=0),
+            dask=DaskSettings(port=0, dashboard_port=0),
+        )
+        with pytest.raises(StartError, match=r"the store of store\.url did not answer in 1 s: .*Connect call failed") as told:
+            asyncio.run(supervisor.Supervisor(settings, Screen()).run())
+    assert "hidden" not in str(told.value)

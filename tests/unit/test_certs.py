@@ -13,6 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from manager.api.join import NotJoinable, join_view
@@ -55,6 +57,23 @@ def files(folder: Path, role: Role = Role.API) -> TlsFiles:
     found = tls_files(TlsSettings(directory=str(folder)), role)
     assert found is not None
     return found
+
+
+def _outdate(folder: Path, role: str) -> None:
+    """The role's certificate once more, by the same authority and for the same key, but of a time that is over."""
+    authority, old = certificate(folder / "ca.pem"), certificate(folder / f"{role}.pem")
+    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    now = dt.datetime.now(dt.UTC)
+    builder = (
+        x509.CertificateBuilder(subject_name=old.subject, extensions=list(old.extensions))
+        .issuer_name(authority.subject)
+        .public_key(old.public_key())
+        .serial_number(5)
+        .not_valid_before(now - dt.timedelta(days=2))
+        .not_valid_after(now - dt.timedelta(days=1))
+    )
+    (folder / f"{role}.pem").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
 def certificate(path: Path) -> x509.Certificate:
@@ -126,11 +145,19 @@ class TestFolder:
         with pytest.raises(BadRequest, match="cannot name a node"):
             make_certificates(folder, (), 90, node=name)
 
-    @pytest.mark.parametrize("host", ["*", "a b", "http://x", "x;y", ""])
+    @pytest.mark.parametrize("host", ["*", "a b", "http://x", "x;y", "", "999.1.1.1"])
     def test_what_is_no_host_is_refused_before_anything_is_written(self, tmp_path: Path, host: str):
         with pytest.raises(BadRequest, match="is no host"):
             make_certificates(tmp_path / "new", (host,), 90)
         assert not (tmp_path / "new").exists()
+
+    def test_a_folder_with_other_files_is_left_as_it_is(self, tmp_path: Path):
+        (tmp_path / "mine").write_text("x")
+        tmp_path.chmod(0o755)
+        with pytest.raises(BadRequest, match="holds other files"):
+            make_certificates(tmp_path, (), 90)
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
 
     def test_a_node_needs_an_authority(self, tmp_path: Path):
         with pytest.raises(BadRequest, match="no authority yet"):
@@ -222,6 +249,36 @@ class TestFiles:
     def test_what_is_missing_is_named_with_the_command_that_makes_it(self, tmp_path: Path):
         with pytest.raises(SettingsError, match=r"ca\.pem cannot be read.*rocyard certs"):
             tls_files(TlsSettings(directory=str(tmp_path)), Role.API)
+
+    @pytest.mark.parametrize(("broken", "words"), [
+        pytest.param("junk", "are no certificate with its key", id="no certificate"),
+        pytest.param("key", "are no certificate with its key", id="another's key"),
+        pytest.param("authority", r"is not believed by who has .*ca\.pem", id="another authority"),
+        pytest.param("expired", "certificate has expired", id="expired"),
+        pytest.param("ca", r"ca\.pem is no certificate", id="the authority's file is none"),
+    ])  # fmt: skip
+    def test_what_others_would_refuse_is_told_at_the_start(self, tmp_path: Path, broken: str, words: str):
+        own, other = tmp_path / "own", tmp_path / "other"
+        make_certificates(own, (), 90)
+        make_certificates(other, (), 90)
+        match broken:
+            case "junk":
+                (own / "api.pem").write_text("junk")
+            case "key":
+                (own / "api.key").write_bytes((own / "store.key").read_bytes())
+            case "authority":
+                for name in ("api.pem", "api.key"):
+                    (own / name).write_bytes((other / name).read_bytes())
+            case "expired":
+                _outdate(own, "api")
+            case "ca":
+                (own / "ca.pem").write_text("junk")
+        with pytest.raises(SettingsError, match=words):
+            files(own)
+
+    @pytest.mark.parametrize("role", list(Role))
+    def test_what_was_made_is_believed(self, folder: Path, role: Role):
+        assert tls_files(TlsSettings(directory=str(folder)), role) is not None
 
     def test_a_key_that_everybody_may_read_is_refused(self, tmp_path: Path):
         make_certificates(tmp_path, (), 90)

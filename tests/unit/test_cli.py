@@ -294,3 +294,34 @@ def test_the_settings_of_a_process_come_from_its_flags(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert cli.main(["api", "--set", "api.prot=1"]) == Exit.USAGE
     assert "api.port" in capsys.readouterr().err
+
+
+def test_a_usage_error_is_json_where_json_was_asked_for(capsys):
+    assert cli.main(["-o", "json", "drain"]) == Exit.USAGE
+    told = json.loads(capsys.readouterr().err)
+    assert told == {"error": {"code": "Usage", "message": "Missing argument 'NODE'.", "exit": 2}}
+
+
+def test_an_argument_that_is_no_text_is_refused(capsys):
+    assert cli.main(["drain", "\udcff"]) == Exit.USAGE
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_an_interval_that_is_no_number_is_refused(capsys):
+    assert cli.main(["top", "--interval", "nan"]) == Exit.USAGE
+    assert "nan is no number of seconds" in capsys.readouterr().err
+
+
+def test_a_terminal_without_our_signs_gets_question_marks(tmp_path):
+    """Such as one of a Latin-1 locale: no command may fail for a dot."""
+    code = "import sys; from manager.cli import main; main._stand_any_terminal(); print('a · b')"
+    environ = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}
+    shown = subprocess.run([sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout == "a ? b\n"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "ü", "a b", "-x", "x" * 64, "."])
+def test_a_node_cannot_be_called_a_path(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["node", "--name", name]) == Exit.USAGE
+    assert "node.name: must be letters, digits" in capsys.readouterr().err

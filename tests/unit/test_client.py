@@ -289,3 +289,38 @@ def test_the_public_client_takes_the_cluster_of_the_environment(folder, monkeypa
 
 def test_a_request_encodes_arguments_once():
     assert bytes(task_request("echo", {"x": [1, None]}).args) == msgspec.json.encode({"x": [1, None]})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("nonsense", "ftp://x", "http://", "http://[::", "http://h:99999", "http://h:x", "http://a b", "http://a\nb"),
+        *("http://ü", "http://a..b", "http://h?x=1", "http://h#x", f"http://{'a' * 80}"),
+    ],
+)
+def test_what_is_no_url_of_a_cluster_is_refused_in_words(url):
+    with pytest.raises(errors.SettingsError, match="is no URL of a cluster"):
+        find_cluster(url, "ry_key", {})
+    with pytest.raises(errors.SettingsError, match="is no URL of a cluster"):
+        Client.at(url, "ry_key")
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown():
+    with pytest.raises(errors.SettingsError, match="no user and no password") as refused:
+        find_cluster("http://me:hidden@127.0.0.1:1", "ry_key", {})
+    assert "hidden" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["ry_ümlaut", "ry_hidden\r", "ry_hidden\nX: y", "ry hidden", "ry_\udcff"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key):
+    with pytest.raises(errors.SettingsError, match="The API key from ROCYARD_API_KEY") as refused:
+        Client(find_cluster("http://127.0.0.1:1", None, {"ROCYARD_API_KEY": key}))
+    assert "hidden" not in str(refused.value)
+
+
+def test_a_cluster_without_tls_is_told_from_one_that_is_not_there():
+    def plain(_request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
+
+    with pytest.raises(ClusterUnreachable, match="answers without TLS: write http://"):
+        client_of(plain).status()

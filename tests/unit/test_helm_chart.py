@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from autoscaler.providers.kubernetes import ClusterAccess, KubernetesProvider
+from manager.certs import make_certificates
 from manager.core.devices import parse_fleet
 from manager.core.errors import SettingsError
 from manager.core.keys import Keys
@@ -537,8 +538,10 @@ def test_keys_are_taken_with_the_mode_that_the_chart_mounts_them_with(tmp_path) 
     """The owner is root, and the pod's group may read."""
     spec = pod(render(WITH_TLS), "rocyard-api")
     (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "tls"]
+    made = tmp_path / "made"
+    make_certificates(made, (), 90)
     for item in volume["secret"]["items"]:
-        (tmp_path / item["path"]).write_text("x")
+        (tmp_path / item["path"]).write_bytes((made / item["path"]).read_bytes())
         (tmp_path / item["path"]).chmod(volume["secret"]["defaultMode"])
     files = tls_files(TlsSettings(directory=str(tmp_path)), Role.API)
     assert files is not None
