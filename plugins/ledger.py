@@ -199,6 +199,13 @@ class Ledger:
             view.reachable = False
             self._away_s[node] = now_s
 
+    def left(self, nodes: Iterable[str], now_s: float) -> None:
+        """The leader says that the agents of these have stopped cleanly: they are not coming back soon."""
+        for node in nodes:
+            if node in self._away_s:
+                self._away_s[node] = now_s - 2 * GONE_S
+        self._forget_nodes(now_s)
+
     def _forget_nodes(self, now_s: float) -> None:
         """Forget nodes that have been away for long and have nothing."""
         for node in [node for node, since_s in self._away_s.items() if now_s - since_s > GONE_S]:

@@ -329,6 +329,7 @@ class PlacementPlugin(SchedulerPlugin):
         """What the leader knows from the store."""
         self.news = decode_news(news)
         self.ledger.cordon(frozenset(self.news.cordoned))
+        self.ledger.left(self.news.left, time.monotonic())
         self.ask_pump()
         return "OK"
 

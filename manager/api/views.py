@@ -63,7 +63,7 @@ def worker(snapshot: Snapshot, node: str) -> WorkerView | None:
 
 
 def _is_removed(row: NodeRow) -> bool:
-    return row.remove and (row.left or row.fenced)
+    return (row.remove or row.cordon_by == "autoscaler") and (row.left or row.fenced)
 
 
 def worker_state(row: NodeRow, snapshot: Snapshot) -> WorkerState:

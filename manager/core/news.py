@@ -42,11 +42,13 @@ class News(msgspec.Struct, frozen=True):
         cordoned: nodes on which nothing new is placed.
         queues: the deepest first.
         slots: open ones, as many as are told.
+        left: nodes whose agents have stopped cleanly.
     """
 
     cordoned: tuple[str, ...] = ()
     queues: tuple[QueueNews, ...] = ()
     slots: tuple[SlotNews, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 def news_of(state: ClusterState) -> News:
@@ -77,6 +79,7 @@ def news_of(state: ClusterState) -> News:
         cordoned=tuple(row.node for row in state.nodes if row.cordon is not Cordon.NONE),
         queues=tuple(queues),
         slots=tuple(SlotNews(slot.slot_id, slot.kind, slot.running) for slot in opened[:SLOTS_MAX]),
+        left=tuple(row.node for row in state.nodes if row.left),
     )
 
 

@@ -219,6 +219,23 @@ async def test_one_device_is_in_the_inventory_of_one_living_node(lab: Lab):
     assert not (await lab.store.beat("n2", second.incarnation, [])).holds, "a refused agent beats"
 
 
+@pytest.mark.parametrize("end", ["left", "lost"])
+async def test_one_name_lives_on_one_machine(lab: Lab, end: str):
+    first = await lab.agent("n1", "gpu-a", machine="m")
+    await lab.lead()
+    other = Agent("n1")
+    with pytest.raises(RegistrationRefused, match="a node of this name lives on another machine"):
+        await lab.store.register("n1", other.incarnation, info("gpu-b", machine="another"))
+    assert (await lab.store.beat("n1", first.incarnation, [])).holds, "an agent was replaced from another machine"
+    again = await lab.agent("n1", "gpu-a", machine="m")
+    assert not (await lab.store.beat("n1", first.incarnation, [])).holds, "on its own machine an agent may start anew"
+    if end == "left":
+        await lab.store.leave("n1", again.incarnation)
+    else:
+        await lab.store.lost(lab.token, "n1", again.incarnation)
+    assert await registers(lab, other, info("gpu-b", machine="another"))
+
+
 @pytest.mark.parametrize("how", ["left", "lost", "changed", "moved"])
 async def test_a_device_is_free_again_when_its_node_has_it_no_longer(lab: Lab, how: str):
     first = await lab.agent("n1", "gpu-a", machine="m")
@@ -234,6 +251,7 @@ async def test_a_device_is_free_again_when_its_node_has_it_no_longer(lab: Lab, h
         case "changed":
             assert await lab.store.register("n1", first.incarnation, info("gpu-b", machine="m"))
         case "moved":
+            assert (await lab.store.lost(lab.token, "n1", first.incarnation))[0]
             await lab.agent("n1", "gpu-a", machine="another")
     assert await registers(lab, second, info("gpu-a", machine="m")), "a device stays held by a node that has it no longer"
     assert (await lab.store.look(leader=False)).refused == (), "a problem that is solved is still told"

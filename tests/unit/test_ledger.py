@@ -167,6 +167,13 @@ def test_a_node_that_is_gone_is_forgotten_after_a_while(away_s, more, nodes):
     assert "a" in ledger.index.nodes, "it is back"
 
 
+def test_a_node_that_left_is_forgotten_at_once_unless_its_worker_is_still_there():
+    ledger = book(make.report("a", [24]), make.report("b", [24]))
+    ledger.unreachable("a", 10.0)
+    ledger.left(["a", "b", "unheard-of"], 11.0)
+    assert set(ledger.index.nodes) == {"b"}
+
+
 # --- news between registrations -------------------------------------------------------------------------------------
 
 

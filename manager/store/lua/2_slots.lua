@@ -193,12 +193,17 @@ end
 local function register(keys, args)
   local p, node, incarnation, machine = keys[1], args[1], args[2], args[4]
   local key = p .. 'n:' .. node
-  local record = redis.call('HMGET', key, 'incarnation', 'fenced', 'past', 'cordon_by', 'left', 'remove')
+  local record = redis.call('HMGET', key, 'incarnation', 'fenced', 'past', 'cordon_by', 'left', 'remove', 'machine')
   local past = record[3] or ''
   if record[2] == incarnation then return { 'FENCED' } end
   if record[1] ~= incarnation and string.find(past, incarnation .. ' ', 1, true) then return { 'FENCED' } end
   local now = now_ms()
   local problem = inventory_problem(p, node, args)
+  if record[1] and record[1] ~= incarnation and record[7] ~= machine and node_holds(p, node, record[1]) then
+    -- Each would replace the other in turn, for ever. An agent that died there is declared lost within a lease.
+    problem = 'a node of this name lives on another machine: choose another name (node.name), or stop that one; '
+      .. 'if its machine has died, this one joins within a lease'
+  end
   if problem then
     redis.call('HSET', p .. 'refused', node, now .. ' ' .. problem)
     return { 'REFUSED', problem }
