@@ -1,21 +1,24 @@
-"""What a GPU task of a Dask client costs: each task that is held, each round over all that are held, and a cold start.
+# ruff: noqa: E402 -- the search path must be put right before anything else is imported
+"""What a GPU task of a Dask client costs: each task that is held, each round over all that are held, and a cold start:
+``python benchmarks/dask_tasks.py``.
 
-Run it as ``python -m benchmarks.dask_tasks``. It starts a small simulated cluster of its
-own for the cold start; the rest is the scheduler's ledger alone.
+It starts a small simulated cluster of its own for the cold start; the rest is the scheduler's ledger alone.
 """
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder would hide the standard library's `http`
 
 import os
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 from distributed import Client
 
 import rocyard
+from manager.cli.own_cluster import own_cluster
 from manager.core.devices import Device
 from manager.core.gpu_tasks import direct_shape
 from manager.core.lifecycle import SlotKind
@@ -59,46 +62,27 @@ def ledger_costs(count: int) -> tuple[float, float, float]:
 
 def cold_starts() -> tuple[float, float, float]:
     """Milliseconds: of a plain task, of a GPU task one after the other, and of each of many at once."""
-    with tempfile.TemporaryDirectory(prefix="rocyard-bench-") as directory:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("ROCYARD_")}
-        ports = {f"ROCYARD_{name}": "0" for name in ("API__PORT", "DASK__DASHBOARD_PORT")}
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-        environ = {
-            **kept,
-            **ports,
-            "ROCYARD_DASK__PORT": str(port),
-            "ROCYARD_DATA_DIR": directory,
-            "ROCYARD_AUTOSCALER__MODE": "off",
-        }
-        output = Path(directory) / "up.log"
-        with output.open("wb") as file:
-            command = [sys.executable, "-m", "manager.cli.main", "up", "--simulate", "1x4:mi300x"]
-            up = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-        try:
-            deadline = time.monotonic() + 60
-            while "Rocyard is up" not in output.read_text(errors="replace"):
-                if up.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"the cluster did not start:\n{output.read_text(errors='replace')}")
-                time.sleep(0.05)
-            with Client(f"tcp://127.0.0.1:{port}", timeout=20) as client:  # type: ignore[no-untyped-call]  # of Dask
-                plain, alone = [], []
-                for number in range(RUNS + 1):
-                    began = time.perf_counter()
-                    client.submit(abs, number, pure=False).result()
-                    plain.append(time.perf_counter() - began)
-                    began = time.perf_counter()
-                    with rocyard.gpu(memory="8GiB"):
-                        client.submit(abs, number, pure=False).result()
-                    alone.append(time.perf_counter() - began)
-                began = time.perf_counter()
-                with rocyard.gpu(memory="8GiB"):
-                    client.gather(client.map(abs, range(100), pure=False))
-                together = (time.perf_counter() - began) / 100
-                return statistics.median(plain[1:]) * 1e3, statistics.median(alone[1:]) * 1e3, together * 1e3
-        finally:
-            up.terminate()
-            up.wait(30)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    fixed = {"ROCYARD_DASK__PORT": str(port), "ROCYARD_AUTOSCALER__MODE": "off"}
+    with (
+        own_cluster(os.environ, simulate="1x4:mi300x", variables=fixed),
+        Client(f"tcp://127.0.0.1:{port}", timeout=20) as client,  # type: ignore[no-untyped-call]  # Dask's
+    ):
+        plain, alone = [], []
+        for number in range(RUNS + 1):
+            began = time.perf_counter()
+            client.submit(abs, number, pure=False).result()
+            plain.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            with rocyard.gpu(memory="8GiB"):
+                client.submit(abs, number, pure=False).result()
+            alone.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        with rocyard.gpu(memory="8GiB"):
+            client.gather(client.map(abs, range(100), pure=False))
+        together = (time.perf_counter() - began) / 100
+    return statistics.median(plain[1:]) * 1e3, statistics.median(alone[1:]) * 1e3, together * 1e3
 
 
 def main() -> None:
