@@ -105,7 +105,8 @@ def read_old_names(dotenv: Mapping[str, str], environ: Mapping[str, str]) -> Old
             continue
         path = tuple(setting.split("."))
         places = " and ".join(dict.fromkeys(found[name][1] for name in here))
-        place = f"{' and '.join(here)}, old name{'s' if len(here) > 1 else ''} in {places}"
+        s, them = ("s", "them") if len(here) > 1 else ("", "it")
+        place = f"{' and '.join(here)}, old name{s} in {places}; {SWITCH}=false leaves {them} alone"
         try:
             values[path] = Origin(read(here), place, "variable")
             names[path] = tuple(here)

@@ -143,7 +143,8 @@ def test_one_line_tells_which_took_effect(folder: Path):
     ("text", "said"),
     [
         ("API_PORT=http", "api.port: must be a whole number .* not the text 'http' .API_PORT, old name in .env."),
-        ("REDIS_PORT=x", "REDIS_PORT must be a port from 1 to 65535, not the text 'x' .REDIS_PORT, old name in .env."),
+        ("REDIS_PORT=x", "REDIS_PORT must be a port from 1 to 65535, not the text 'x' .REDIS_PORT, old name in .env;"),
+        ("REDIS_PORT=x", "ROCYARD_OLD_NAMES=false leaves it alone"),
         ("REDIS_DB=-1", "REDIS_DB must be a whole number from 0"),
         ("REDIS_HOST=redis://h", "REDIS_HOST must be the name or the address of a host"),
         (
