@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import psutil
+import pytest
 
 from manager.client import Client, Task
 from manager.core.answers import TaskView
@@ -46,6 +48,17 @@ def eventually(check: Callable[[], T], timeout_s: float, what: str) -> T:
             return answer
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what} (last: {answer!r})"
         time.sleep(0.02)  # the period of looking, not a guess of when
+
+
+def program_or_skip(name: str, package: str) -> str:
+    """Path of a program. Without it the test is skipped, in CI it fails."""
+    found = shutil.which(name)
+    if found is None:
+        reason = f"needs {name} (on Debian: apt-get install {package})"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
 
 
 class Cluster:

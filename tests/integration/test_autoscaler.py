@@ -1,8 +1,6 @@
 """The autoscaler on a real cluster: nodes come for the work and go after it, whoever is killed in between."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from manager.core.lifecycle import Cordon, TaskStatus
 from manager.core.model import Submission, TaskSpec
 from manager.core.quantities import GIB
 from manager.core.shapes import Resources, shape_id, shape_of
-from tests.integration.cluster import Cluster, eventually
+from tests.integration.cluster import Cluster, eventually, program_or_skip
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -213,17 +211,6 @@ def test_an_operators_cordon_is_kept_and_the_history_is_shown(scaled: Cluster) -
 # --- with a Prometheus ------------------------------------------------------------------------------------------------
 
 
-def _prometheus_or_skip() -> str:
-    """Path of a Prometheus. Without one the test is skipped, in CI it fails."""
-    found = shutil.which("prometheus")
-    if found is None:
-        reason = "needs prometheus (on Debian: apt-get install prometheus)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
-
-
 def _scrape_config(cluster: Cluster) -> str:
     """Every process that shows metrics, as a person would list them."""
     urls = {service.name: service.metrics_url for service in cluster.client.status().services}
@@ -242,7 +229,7 @@ def _scrape_config(cluster: Cluster) -> str:
 
 
 def test_a_real_prometheus_scrapes_every_process_and_the_autoscaler_decides_from_it(tmp_path: Path) -> None:
-    program = _prometheus_or_skip()
+    program = program_or_skip("prometheus", "prometheus")
     port = ports.free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     cluster = Cluster(tmp_path, {**GROUP, "ROCYARD_AUTOSCALER__PROMETHEUS_URL": url}, simulate=BASE)

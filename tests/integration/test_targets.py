@@ -1,7 +1,5 @@
 """Every process of a real cluster says where its metrics are, and a real Prometheus finds and scrapes them all by that."""
 
-import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,21 +12,11 @@ import yaml
 
 from manager.api.targets import targets
 from manager.ports import free_port
-from tests.integration.cluster import Cluster, eventually
+from tests.integration.cluster import Cluster, eventually, program_or_skip
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"api", "autoscaler", "controller", "node", "scheduler", "supervisor", "worker"}
-
-
-def prometheus_or_skip() -> str:
-    found = shutil.which("prometheus")
-    if found is None:
-        reason = "needs prometheus (on Debian: apt-get install prometheus)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 def key_of(cluster: Cluster) -> str:
@@ -111,7 +99,7 @@ def test_a_dask_worker_that_is_started_again_is_told_of_at_its_new_place(cluster
 @pytest.fixture
 def prometheus(cluster: Cluster, tmp_path: Path) -> Iterator[str]:
     """A Prometheus with the example's configuration, but for the address, the key's file and the pace; its URL."""
-    program = prometheus_or_skip()
+    program = program_or_skip("prometheus", "prometheus")
     config = yaml.safe_load((ROOT / "config" / "prometheus" / "prometheus.yml").read_text())
     (tmp_path / "key").write_text(key_of(cluster))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
