@@ -15,11 +15,10 @@ from dask.base import annotate
 from distributed import Client, Security, fire_and_forget
 
 from manager.core.addresses import in_url
-from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
 from manager.core.news import News, encode_news
 from manager.core.packing import DirectDemand
-from manager.core.shapes import Shape, encode_shape
+from manager.core.shapes import Grant, Shape, encode_shape
 from manager.log import get_logger
 from manager.tls import TlsFiles, dask_security
 

@@ -147,9 +147,9 @@ def _node_note(view: NodeView) -> str:
 def _bar(node: str, pool: Pool, device: Device | None, number: int, direct: set[str]) -> Bar:
     return Bar(
         node=node,
-        uuid=pool.uuid,
+        uuid=pool.key,
         index=number if device is None else device.index,
-        model=pool.uuid if device is None else short_model(device.model),
+        model=pool.key if device is None else short_model(device.model),
         total_bytes=pool.total_bytes,
         free_bytes=pool.free_bytes,
         leased_bytes=sum(pool.leases.values()),

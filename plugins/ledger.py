@@ -11,10 +11,11 @@ from typing import Final
 
 import msgspec
 
-from manager.core.index import Grant, Index
+from manager.core.index import Index
 from manager.core.lifecycle import SlotKind
 from manager.core.placement import find
-from manager.core.shapes import Shape
+from manager.core.policies import DEFAULT_POLICY
+from manager.core.shapes import Grant, Shape
 from plugins.held import Held, Priority
 from plugins.node.link import Beat, Report
 
@@ -312,7 +313,7 @@ class Ledger:
         kept = self.index.unkeep(request.slot_id)
         if kept is None and any(shape.memory_bytes >= memory and shape.gpus >= gpus for memory, gpus in too_large):
             return None
-        grant = find(shape, self.allowed(request))
+        grant = find(shape.resources, self.allowed(request), DEFAULT_POLICY)
         if grant is None and kept is not None:
             self.index.keep(request.slot_id, kept)
         elif grant is None and not request.places:

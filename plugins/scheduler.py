@@ -19,12 +19,12 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import Recs, Scheduler, TaskState
 
 from manager.core.gpu_tasks import GPU_ANNOTATION, GpuExplanation
-from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
 from manager.core.lifecycle import SlotKind
 from manager.core.news import News, decode_news
 from manager.core.placement import Placed, place
-from manager.core.shapes import Shape
+from manager.core.policies import DEFAULT_POLICY
+from manager.core.shapes import Grant, Shape
 from manager.log import get_logger
 from manager.metrics import HOOK_ERRORS, PLACEMENTS, SLOTS
 from plugins.direct_tasks import DirectTask, DirectTasks
@@ -347,7 +347,7 @@ class PlacementPlugin(SchedulerPlugin):
             return msgspec.structs.replace(plain, state="placed", slot_id=slot_id, grant=grant)
         if slot_id not in ledger.held:
             return plain
-        answer = place(shape, ledger.allowed(ledger.requests[slot_id]))
+        answer = place(shape.resources, ledger.allowed(ledger.requests[slot_id]), DEFAULT_POLICY)
         verdicts = () if isinstance(answer, Placed) else answer.verdicts
         return msgspec.structs.replace(plain, state="held", before=ledger.held.before(slot_id), verdicts=verdicts)
 

@@ -11,8 +11,8 @@ import msgspec
 from distributed import get_worker
 from distributed.worker_state_machine import SecedeEvent
 
-from manager.core.index import Grant
 from manager.core.keys import SLOT_TASK_PREFIX
+from manager.core.shapes import Grant
 from plugins.node.link import AgentLink
 
 LINK_EXTENSION: Final = "rocyard"

@@ -11,12 +11,13 @@ from typing import Final
 
 import msgspec
 
-from manager.core.index import Grant, Index
+from manager.core.index import Index
 from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
 from manager.core.model import ClusterState, QueueRow, SlotRow
 from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
 from manager.core.placement import find, victims
-from manager.core.shapes import Shape
+from manager.core.policies import BEST_FIT
+from manager.core.shapes import Grant, Shape
 
 WARM_COST: Final = 10.0
 """Ending an idle slot that is to be kept warm costs more than ending another idle one."""
@@ -68,10 +69,10 @@ def closes_of(
             queue = need.queue
             if queue.shape in too_large:
                 continue
-            fit = find(queue.shape, scratch)
+            fit = find(queue.resources, scratch, BEST_FIT)
             if fit is None and searches < SEARCHES_MAX:
                 costs = _costs(candidates, queue, vtimes, devices, limits)
-                chosen = victims(queue.shape, scratch, costs)
+                chosen = victims(queue.resources, scratch, costs)
                 for slot_id in chosen:
                     scratch.free(slot_id)
                     if costs[slot_id] < RESIDENT_COST:
@@ -79,7 +80,7 @@ def closes_of(
                 if chosen:
                     searches += 1
                     candidates = [c for c in candidates if c.slot_id not in chosen]
-                    fit = find(queue.shape, scratch)
+                    fit = find(queue.resources, scratch, BEST_FIT)
                 else:
                     too_large.add(queue.shape)
             if fit is not None:

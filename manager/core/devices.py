@@ -47,6 +47,8 @@ class Device(msgspec.Struct, frozen=True, omit_defaults=True):
         visible_id: what the vendor's visibility variable takes to name this device.
         bdf: PCI address, such as "0000:05:00.0"; empty if unknown.
         partition: which part of a physical device this is, such as "DPX/NPS2/1" or "mig"; empty for a whole one.
+        pool: names the memory that it shares with other devices of its node, such as the quadrant of a MI300X in
+            CPX/NPS4; `memory_bytes` is then of all of that memory. Empty: the memory is its own.
     """
 
     uuid: str
@@ -58,6 +60,12 @@ class Device(msgspec.Struct, frozen=True, omit_defaults=True):
     visible_id: str
     bdf: str = ""
     partition: str = ""
+    pool: str = ""
+
+    @property
+    def pool_key(self) -> str:
+        """Names the device's memory on its node."""
+        return self.pool or self.uuid
 
 
 class ProcessUse(msgspec.Struct, frozen=True, array_like=True):

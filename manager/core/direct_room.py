@@ -13,7 +13,8 @@ from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
 from manager.core.model import ClusterState
 from manager.core.packing import DirectDemand
 from manager.core.placement import find, victims
-from manager.core.shapes import Shape
+from manager.core.policies import BEST_FIT
+from manager.core.shapes import Resources
 
 SEARCHES_MAX: Final = 16
 """Tasks that get room in one round; the others follow a moment later. Bounds a round's time."""
@@ -43,17 +44,17 @@ def closes_for_direct(
     closes: list[Close] = []
     searches = 0
     for request in waiting:
-        shape = Shape("", "", request.memory_bytes, request.gpus)
+        resources = Resources(request.memory_bytes, request.gpus)
         for number in range(request.count):
-            fit = find(shape, scratch)
+            fit = find(resources, scratch, BEST_FIT)
             if fit is None:
-                chosen = victims(shape, scratch, costs) if costs and searches < SEARCHES_MAX else ()
+                chosen = victims(resources, scratch, costs) if costs and searches < SEARCHES_MAX else ()
                 searches += 1
                 for slot_id in chosen:
                     scratch.free(slot_id)
                     del costs[slot_id]
                     closes.append(Close(slot_id, REASON))
-                fit = find(shape, scratch) if chosen else None
+                fit = find(resources, scratch, BEST_FIT) if chosen else None
             if fit is None:
                 break
             scratch.lease(f"direct {request.memory_bytes} {request.gpus} {number}", fit)

@@ -13,7 +13,7 @@ import msgspec
 from manager.core.index import Index, NodeView
 from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
 from manager.core.model import ClusterState, SlotRow, TaskRecord
-from manager.core.placement import Placed, Reason, place, verdict
+from manager.core.placement import Reason, devices_for, verdict
 from manager.core.quantities import format_duration, format_memory
 from manager.core.shapes import Shape, memory_class
 
@@ -35,7 +35,16 @@ class Why(enum.StrEnum):
     INSUFFICIENT_MEMORY = "InsufficientMemory"
     FOREIGN_MEMORY = "ForeignMemory"
     TOO_MANY_SLOTS = "TooManySlots"
+    RESERVED_FOR_LARGER = "ReservedForLarger"
+    INSUFFICIENT_SHARE = "InsufficientShare"
+    DEVICE_IN_USE = "DeviceInUse"
+    INSUFFICIENT_CPU = "InsufficientCpu"
+    INSUFFICIENT_HOST_MEMORY = "InsufficientHostMemory"
     EXCEEDS_LARGEST_DEVICE = "ExceedsLargestDevice"
+    EXCEEDS_HOST = "ExceedsHost"
+    NO_MATCHING_ARCHITECTURE = "NoMatchingArchitecture"
+    NO_MATCHING_DEVICE = "NoMatchingDevice"
+    NO_MATCHING_LABELS = "NoMatchingLabels"
     TOO_FEW_DEVICES = "TooFewDevices"
     UNHEALTHY_DEVICE = "UnhealthyDevice"
     CORDONED = "Cordoned"
@@ -47,13 +56,22 @@ class Why(enum.StrEnum):
 _BY_HOPE: Final[dict[Reason, Why]] = {
     Reason.INSUFFICIENT_MEMORY: Why.INSUFFICIENT_MEMORY,
     Reason.FOREIGN_MEMORY: Why.FOREIGN_MEMORY,
+    Reason.RESERVED_FOR_LARGER: Why.RESERVED_FOR_LARGER,
+    Reason.INSUFFICIENT_SHARE: Why.INSUFFICIENT_SHARE,
+    Reason.DEVICE_IN_USE: Why.DEVICE_IN_USE,
+    Reason.INSUFFICIENT_CPU: Why.INSUFFICIENT_CPU,
+    Reason.INSUFFICIENT_HOST_MEMORY: Why.INSUFFICIENT_HOST_MEMORY,
     Reason.TOO_MANY_SLOTS: Why.TOO_MANY_SLOTS,
     Reason.NO_WORKER: Why.NODE_UNREACHABLE,
     Reason.NODE_LOST: Why.NODE_UNREACHABLE,
     Reason.CORDONED: Why.CORDONED,
     Reason.UNHEALTHY_DEVICE: Why.UNHEALTHY_DEVICE,
     Reason.EXCEEDS_LARGEST_DEVICE: Why.EXCEEDS_LARGEST_DEVICE,
+    Reason.EXCEEDS_HOST: Why.EXCEEDS_HOST,
     Reason.TOO_FEW_DEVICES: Why.TOO_FEW_DEVICES,
+    Reason.NO_MATCHING_ARCHITECTURE: Why.NO_MATCHING_ARCHITECTURE,
+    Reason.NO_MATCHING_DEVICE: Why.NO_MATCHING_DEVICE,
+    Reason.NO_MATCHING_LABELS: Why.NO_MATCHING_LABELS,
 }
 assert _BY_HOPE.keys() == set(Reason)
 _HOPE: Final = {reason: rank for rank, reason in enumerate(_BY_HOPE)}
@@ -173,14 +191,12 @@ def _verdicts(shape: Shape, index: Index, silent: frozenset[str]) -> tuple[Worke
 
 
 def _ranked(shape: Shape, view: NodeView, silent: frozenset[str]) -> tuple[tuple[int, int, int, str], WorkerVerdict]:
-    alone = Index()
-    alone.nodes[view.name] = view
     if view.name in silent and not view.lost:
         detail = "its agent has been silent for a lease; nothing is placed there until it speaks again"
         return (2, _HOPE[Reason.NO_WORKER], 0, view.name), WorkerVerdict(view.name, "NodeUnreachable", 0, detail)
-    if isinstance(place(shape, alone), Placed):
+    if devices_for(shape.resources, view) is not None:
         return (0, 0, 0, view.name), WorkerVerdict(view.name, "Fits", 0, "it fits there now")
-    said = verdict(shape, view)
+    said = verdict(shape.resources, view)
     found = WorkerVerdict(view.name, said.reason.value, said.short_bytes, _detail(said.reason, said.short_bytes, shape, view))
     temporary = said.reason in {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY, Reason.TOO_MANY_SLOTS}
     return (1 if temporary else 2, _HOPE[said.reason] if not temporary else 0, said.short_bytes, view.name), found
@@ -198,8 +214,26 @@ def _detail(reason: Reason, short_bytes: int, shape: Shape, view: NodeView) -> s
             return f"it has {len(view.slots)} slots, all that it may have (node.slots_max)"
         case Reason.EXCEEDS_LARGEST_DEVICE:
             return f"{short} more than it could ever hold; its largest device holds {format_memory(usable)}"
+        case Reason.RESERVED_FOR_LARGER:
+            return f"{short} short: room is kept for what has waited longer"
+        case Reason.INSUFFICIENT_SHARE:
+            return "the compute of its devices is promised to other slots"
+        case Reason.DEVICE_IN_USE:
+            return "it would have to be alone on the device" if shape.exclusive else "another slot has the device for itself"
+        case Reason.INSUFFICIENT_CPU:
+            return f"{view.cpu_free_milli / 1000:g} of its CPUs are free, {shape.cpu_milli / 1000:g} are asked for"
+        case Reason.INSUFFICIENT_HOST_MEMORY:
+            return f"{format_memory(view.host_free_bytes)} of the host's memory is free"
+        case Reason.EXCEEDS_HOST:
+            return "its host has fewer CPUs or less memory than that"
+        case Reason.NO_MATCHING_ARCHITECTURE:
+            return f"too few of its devices are {' or '.join(shape.architectures)}"
+        case Reason.NO_MATCHING_DEVICE:
+            return f"too few of its devices are called {shape.device_model!r}"
+        case Reason.NO_MATCHING_LABELS:
+            return "it has not these labels"
         case Reason.TOO_FEW_DEVICES:
-            return f"it has {len(view.pools)} of the {shape.gpus} devices"
+            return f"it has {len(view.devices)} of the {shape.gpus} devices"
         case Reason.UNHEALTHY_DEVICE:
             return "too few of its devices are healthy"
         case Reason.CORDONED:

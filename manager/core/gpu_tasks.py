@@ -17,10 +17,9 @@ from typing import Any, Final
 import msgspec
 
 from manager.core.errors import RocyardError
-from manager.core.index import Grant
 from manager.core.placement import Verdict
 from manager.core.quantities import format_memory, parse_memory
-from manager.core.shapes import GPUS_MAX, Resources, Shape, shape_of
+from manager.core.shapes import GPUS_MAX, Grant, Resources, Shape, shape_of
 
 GPU_ANNOTATION: Final = "gpu"
 DIRECT_TENANT: Final = "dask"

@@ -1,70 +1,76 @@
 """The ledger as a value: nodes, devices, what is leased on them to which slot, and what room is kept.
 
-Keyed by node and device, changed only by deltas, and it knows nothing of Dask. Free memory of a device = total − reserve −
-foreign − Σ over its slots max(lease, measured use). Which devices a slot gets is `manager.core.placement`'s.
+Keyed by node, device and pool (memory that devices of a node share), changed only by deltas, and it knows nothing of Dask.
+Free memory of a pool = total − reserve − foreign − Σ over its slots max(lease, measured use). What is free is also held in
+columns (`manager.core.table`), which follow the changes, so that no request looks at every node. Which devices a slot gets is
+`manager.core.placement`'s.
 """
 
+from collections import Counter
 from collections.abc import Iterable
-from typing import Final
-
-import msgspec
+from typing import Any, Final
 
 from manager.core.devices import Device
 from manager.core.lifecycle import Cordon
 from manager.core.model import ClusterState, DeviceUse
+from manager.core.shapes import SHARE_MILLI_MAX, Grant, Labels
+from manager.core.table import DeviceKind, Table
 
 SLOTS_MAX: Final = 64
 """Slots of one node where it says nothing else: each is a process of its own."""
-
-
-class Grant(msgspec.Struct, frozen=True):
-    """Devices and bytes on one node."""
-
-    node: str
-    devices: tuple[str, ...]
-    memory_bytes: int
+UNKNOWN: Final = 2**62
+"""CPUs and memory of a host that does not say what it has: there is always enough."""
 
 
 class Pool:
-    """One device's memory. Mutable, owned by `Index`; `free_bytes` is what can be promised now, kept up to date.
+    """Memory of one device, or of several that share it. Mutable, owned by `Index`; `free_bytes` is what can be promised now.
 
     `free_bytes` is negative where others have taken what was promised, or where room is kept that is not free yet.
     """
 
     __slots__ = (
         "changed_s",
+        "devices",
         "foreign_bytes",
         "free_bytes",
-        "healthy",
         "kept",
+        "key",
         "leases",
         "reserve_bytes",
+        "sick",
         "total_bytes",
         "used",
-        "uuid",
     )
 
-    def __init__(self, device: Device, reserve_bytes: int) -> None:
-        self.uuid = device.uuid
-        self.total_bytes = device.memory_bytes
-        self.reserve_bytes = min(reserve_bytes, device.memory_bytes)
+    def __init__(self, key: str, total_bytes: int, reserve_bytes: int) -> None:
+        self.key = key
+        self.devices: list[str] = []
+        self.total_bytes = total_bytes
+        self.reserve_bytes = min(reserve_bytes, total_bytes)
         self.leases: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         self.used: dict[str, int] = {}
         self.foreign_bytes = 0
-        self.healthy = True
+        self.sick: set[str] = set()
         self.changed_s = 0.0
         self.free_bytes = self.usable_bytes
 
     @property
     def usable_bytes(self) -> int:
-        """What an empty device could promise."""
+        """What an empty one could promise."""
         return self.total_bytes - self.reserve_bytes
+
+    @property
+    def healthy(self) -> bool:
+        """Whether all its devices are: the memory that a sick one reads cannot be trusted for the others."""
+        return not self.sick
 
     @property
     def promised_bytes(self) -> int:
         """Σ max(lease, measured use) over its slots."""
         used = self.used
+        if not used:
+            return sum(self.leases.values())
         return sum(max(lease, used.get(slot, 0)) for slot, lease in self.leases.items())
 
     def settle(self) -> None:
@@ -74,29 +80,142 @@ class Pool:
     def copy(self) -> "Pool":
         """The same, to be tried on."""
         twin = object.__new__(Pool)
-        twin.uuid, twin.total_bytes, twin.reserve_bytes = self.uuid, self.total_bytes, self.reserve_bytes
+        twin.key, twin.devices = self.key, self.devices
+        twin.total_bytes, twin.reserve_bytes = self.total_bytes, self.reserve_bytes
         twin.leases, twin.kept, twin.used = self.leases.copy(), self.kept.copy(), self.used.copy()
-        twin.foreign_bytes, twin.healthy, twin.changed_s = self.foreign_bytes, self.healthy, self.changed_s
+        twin.foreign_bytes, twin.sick, twin.changed_s = self.foreign_bytes, self.sick.copy(), self.changed_s
         twin.free_bytes = self.free_bytes
         return twin
 
 
-class NodeView:
-    """One node in the index. Mutable, owned by `Index`."""
+class DeviceView:
+    """One device in the index: who is on it, and what of its compute is free. Mutable, owned by `Index`.
 
-    __slots__ = ("cordoned", "incarnation", "lost", "name", "pools", "reachable", "slots", "slots_max")
+    Attributes:
+        slots, kept: share of each slot that has it, or for which it is kept, in thousandths.
+        alone: those of them that want it for themselves.
+        free_milli: the share that can be promised now; negative where what is kept is not free yet.
+    """
+
+    __slots__ = ("alone", "free_milli", "kept", "kind", "pool", "slots", "uuid")
+
+    def __init__(self, uuid: str, kind: DeviceKind, pool: Pool) -> None:
+        self.uuid = uuid
+        self.kind = kind
+        self.pool = pool
+        self.slots: dict[str, int] = {}
+        self.kept: dict[str, int] = {}
+        self.alone: set[str] = set()
+        self.free_milli = SHARE_MILLI_MAX
+
+    def settle(self) -> None:
+        """Bring `free_milli` up to date; called after each change."""
+        self.free_milli = SHARE_MILLI_MAX - sum(self.slots.values()) - sum(self.kept.values())
+
+    def copy(self, pool: Pool) -> "DeviceView":
+        """The same, to be tried on, over the copy of its pool."""
+        twin = object.__new__(DeviceView)
+        twin.uuid, twin.kind, twin.pool = self.uuid, self.kind, pool
+        twin.slots, twin.kept, twin.alone = self.slots.copy(), self.kept.copy(), self.alone.copy()
+        twin.free_milli = self.free_milli
+        return twin
+
+
+class NodeView:
+    """One node in the index. Mutable, owned by `Index`.
+
+    Attributes:
+        cpu_milli, host_memory_bytes: what the host has, `UNKNOWN` where it does not say.
+        cpu_free_milli, host_free_bytes: what of that can be promised now.
+        models: what its slots have loaded, and how many of them.
+    """
+
+    __slots__ = (
+        "_changes",
+        "_cordoned",
+        "_lost",
+        "_reachable",
+        "cpu_free_milli",
+        "cpu_milli",
+        "devices",
+        "host_free_bytes",
+        "host_memory_bytes",
+        "incarnation",
+        "labels",
+        "models",
+        "name",
+        "pools",
+        "slots",
+        "slots_max",
+    )
 
     def __init__(
-        self, name: str, incarnation: str, devices: Iterable[Device], reserve_bytes: int, slots_max: int = SLOTS_MAX
+        self,
+        name: str,
+        incarnation: str,
+        devices: Iterable[Device],
+        reserve_bytes: int,
+        slots_max: int = SLOTS_MAX,
+        *,
+        cpu_milli: int = 0,
+        host_memory_bytes: int = 0,
+        labels: Labels = (),
     ) -> None:
         self.name = name
         self.incarnation = incarnation
         self.slots: set[str] = set()
         self.slots_max = slots_max
-        self.pools = {device.uuid: Pool(device, reserve_bytes) for device in devices}
-        self.reachable = True
-        self.cordoned = False
-        self.lost = False
+        self.labels = labels
+        self.cpu_milli = self.cpu_free_milli = cpu_milli or UNKNOWN
+        self.host_memory_bytes = self.host_free_bytes = host_memory_bytes or UNKNOWN
+        self.models: Counter[str] = Counter()
+        self.pools: dict[str, Pool] = {}
+        self.devices: dict[str, DeviceView] = {}
+        for device in devices:
+            pool = self.pools.get(device.pool_key)
+            if pool is None:
+                pool = self.pools[device.pool_key] = Pool(device.pool_key, device.memory_bytes, reserve_bytes)
+            pool.devices.append(device.uuid)
+            kind = DeviceKind(device.architecture, device.model, labels)
+            self.devices[device.uuid] = DeviceView(device.uuid, kind, pool)
+        self._reachable = True
+        self._cordoned = False
+        self._lost = False
+        self._changes: set[str] = set()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it has a Dask worker."""
+        return self._reachable
+
+    @reachable.setter
+    def reachable(self, value: bool) -> None:
+        self._reachable = value
+        self._changes.add(self.name)
+
+    @property
+    def cordoned(self) -> bool:
+        """Whether somebody said that it takes nothing new."""
+        return self._cordoned
+
+    @cordoned.setter
+    def cordoned(self, value: bool) -> None:
+        self._cordoned = value
+        self._changes.add(self.name)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the leader has declared it dead."""
+        return self._lost
+
+    @lost.setter
+    def lost(self, value: bool) -> None:
+        self._lost = value
+        self._changes.add(self.name)
+
+    def tell(self, changes: set[str]) -> None:
+        """Enter the node's name here when a flag of it changes."""
+        self._changes = changes
 
     @property
     def placeable(self) -> bool:
@@ -108,6 +227,63 @@ class NodeView:
         """Whether it could take something new if some of its slots ended."""
         return self.reachable and not self.cordoned and not self.lost
 
+    def enter(self, slot: str, grant: Grant, *, kept: bool = False) -> None:
+        """Write a grant in, as a lease or as room that is kept; devices that are not there (any more) are left out."""
+        self.cpu_free_milli -= grant.cpu_milli
+        self.host_free_bytes -= grant.host_memory_bytes
+        if not kept:
+            self.slots.add(slot)
+            if grant.model:
+                self.models[grant.model] += 1
+        for uuid in grant.devices:
+            device = self.devices.get(uuid)
+            if device is None:
+                continue
+            pool = device.pool
+            sizes = pool.kept if kept else pool.leases
+            sizes[slot] = sizes.get(slot, 0) + grant.memory_bytes
+            (device.kept if kept else device.slots)[slot] = grant.share_milli
+            if grant.exclusive:
+                device.alone.add(slot)
+            device.settle()
+            pool.settle()
+
+    def remove(self, slot: str, grant: Grant, *, kept: bool = False) -> None:
+        """Take a grant out again."""
+        self.cpu_free_milli += grant.cpu_milli
+        self.host_free_bytes += grant.host_memory_bytes
+        if not kept:
+            self.slots.discard(slot)
+            if grant.model:
+                self.models[grant.model] -= 1
+                if not self.models[grant.model]:
+                    del self.models[grant.model]
+        for uuid in grant.devices:
+            device = self.devices.get(uuid)
+            if device is None:
+                continue
+            pool = device.pool
+            (pool.kept if kept else pool.leases).pop(slot, None)
+            if not kept:
+                pool.used.pop(slot, None)
+            (device.kept if kept else device.slots).pop(slot, None)
+            if slot not in device.slots and slot not in device.kept:
+                device.alone.discard(slot)
+            device.settle()
+            pool.settle()
+
+    def copy(self) -> "NodeView":
+        """The same, to be tried on."""
+        twin = object.__new__(NodeView)
+        twin.name, twin.incarnation, twin.labels = self.name, self.incarnation, self.labels
+        twin.slots, twin.slots_max, twin.models = self.slots.copy(), self.slots_max, self.models.copy()
+        twin.cpu_milli, twin.cpu_free_milli = self.cpu_milli, self.cpu_free_milli
+        twin.host_memory_bytes, twin.host_free_bytes = self.host_memory_bytes, self.host_free_bytes
+        twin._reachable, twin._cordoned, twin._lost, twin._changes = self._reachable, self._cordoned, self._lost, set()
+        twin.pools = {key: pool.copy() for key, pool in self.pools.items()}
+        twin.devices = {uuid: device.copy(twin.pools[device.pool.key]) for uuid, device in self.devices.items()}
+        return twin
+
 
 class Index:
     """The ledger: which slot has leased what, on which device; and what room is kept for slots that wait for it."""
@@ -116,47 +292,88 @@ class Index:
         self.nodes: dict[str, NodeView] = {}
         self.grants: dict[str, Grant] = {}
         self.kept: dict[str, Grant] = {}
+        self.memo: dict[Any, Any] = {}
+        """What policies remember of `table`; it never changes an answer, only how fast it comes."""
+        self._table: Table | None = None
+        self._changed: set[str] = set()
+
+    @property
+    def table(self) -> Table:
+        """What is free, in columns; up to date."""
+        if self._table is None:
+            self._table = Table(self.nodes.values())
+            self.memo.clear()
+        elif self._changed:
+            self._table.refresh(self.nodes[name] for name in sorted(self._changed) if name in self.nodes)
+        self._changed.clear()
+        return self._table
 
     def add_node(
-        self, node: str, incarnation: str, devices: Iterable[Device], reserve_bytes: int, slots_max: int = SLOTS_MAX
+        self,
+        node: str,
+        incarnation: str,
+        devices: Iterable[Device],
+        reserve_bytes: int,
+        slots_max: int = SLOTS_MAX,
+        *,
+        cpu_milli: int = 0,
+        host_memory_bytes: int = 0,
+        labels: Labels = (),
     ) -> None:
         """A node as it registers. The same incarnation keeps its leases; another one ends those of its predecessor."""
         known = self.nodes.get(node)
-        fresh = NodeView(node, incarnation, devices, reserve_bytes, slots_max)
+        fresh = NodeView(
+            node,
+            incarnation,
+            devices,
+            reserve_bytes,
+            slots_max,
+            cpu_milli=cpu_milli,
+            host_memory_bytes=host_memory_bytes,
+            labels=labels,
+        )
         if known is not None and known.incarnation != incarnation:
             for slot in self.slots_on(node):
                 self.free(slot)
             known = None
+        fresh.tell(self._changed)
         self.nodes[node] = fresh
-        fresh.slots.update(self.slots_on(node))
+        self._table = None
         if known is not None:
             fresh.cordoned, fresh.lost, fresh.reachable = known.cordoned, known.lost, known.reachable
-        for uuid, pool in fresh.pools.items():
-            if known is not None and (before := known.pools.get(uuid)) is not None:
-                pool.healthy, pool.changed_s = before.healthy, before.changed_s
-                pool.foreign_bytes, pool.used = before.foreign_bytes, before.used
-            # From the grants, not from the old view: a device may have been away when it was leased.
-            pool.leases = self._on_device(self.grants, node, uuid)
-            pool.kept = self._on_device(self.kept, node, uuid)
+            for key, pool in fresh.pools.items():
+                if (before := known.pools.get(key)) is not None:
+                    pool.sick, pool.changed_s = before.sick & set(pool.devices), before.changed_s
+                    pool.foreign_bytes, pool.used = before.foreign_bytes, before.used
+        # From the grants, not from the old view: a device may have been away when it was leased.
+        for slot, grant in self.grants.items():
+            if grant.node == node:
+                fresh.enter(slot, grant)
+        for slot, grant in self.kept.items():
+            if grant.node == node:
+                fresh.enter(slot, grant, kept=True)
+        for pool in fresh.pools.values():
             pool.settle()
-
-    @staticmethod
-    def _on_device(grants: dict[str, Grant], node: str, uuid: str) -> dict[str, int]:
-        return {slot: g.memory_bytes for slot, g in grants.items() if g.node == node and uuid in g.devices}
 
     def remove_node(self, node: str) -> None:
         """A node that is gone for good, with its leases."""
         for slot in self.slots_on(node):
             self.free(slot)
         self.nodes.pop(node, None)
+        self._table = None
 
     def slots_on(self, node: str) -> list[str]:
         """Slots with a lease on the node."""
+        view = self.nodes.get(node)
+        if view is not None:
+            return sorted(view.slots)
         return [slot for slot, grant in self.grants.items() if grant.node == node]
 
-    def _pools(self, grant: Grant) -> list[Pool]:
-        view = self.nodes.get(grant.node)
-        return [] if view is None else [view.pools[uuid] for uuid in grant.devices if uuid in view.pools]
+    @staticmethod
+    def _stamp(view: NodeView, grant: Grant, now_s: float) -> None:
+        for uuid in grant.devices:
+            if (device := view.devices.get(uuid)) is not None:
+                device.pool.changed_s = max(device.pool.changed_s, now_s)
 
     def lease(self, slot: str, grant: Grant, now_s: float = 0.0) -> None:
         """Promise `grant` to `slot`. A slot that already has a lease keeps exactly that one."""
@@ -164,54 +381,54 @@ class Index:
             return
         self.grants[slot] = grant
         if (view := self.nodes.get(grant.node)) is not None:
-            view.slots.add(slot)
-        for pool in self._pools(grant):
-            pool.leases[slot] = grant.memory_bytes
-            pool.changed_s = max(pool.changed_s, now_s)
-            pool.settle()
+            view.enter(slot, grant)
+            self._stamp(view, grant, now_s)
+            self._changed.add(grant.node)
 
     def free(self, slot: str, now_s: float = 0.0) -> Grant | None:
         """End the lease of `slot`; None where it had none."""
         grant = self.grants.pop(slot, None)
         if grant is not None and (view := self.nodes.get(grant.node)) is not None:
-            view.slots.discard(slot)
-        for pool in self._pools(grant) if grant is not None else ():
-            pool.leases.pop(slot, None)
-            pool.used.pop(slot, None)
-            pool.changed_s = max(pool.changed_s, now_s)
-            pool.settle()
+            view.remove(slot, grant)
+            self._stamp(view, grant, now_s)
+            self._changed.add(grant.node)
         return grant
 
     def keep(self, slot: str, grant: Grant) -> None:
         """Keep the room of `grant`, free or not yet, for `slot`, which waits for it: nobody else is placed into it."""
         self.unkeep(slot)
         self.kept[slot] = grant
-        for pool in self._pools(grant):
-            pool.kept[slot] = grant.memory_bytes
-            pool.settle()
+        if (view := self.nodes.get(grant.node)) is not None:
+            view.enter(slot, grant, kept=True)
+            self._changed.add(grant.node)
 
     def unkeep(self, slot: str) -> Grant | None:
         """Keep no room for `slot`; what was kept, None where nothing was."""
         grant = self.kept.pop(slot, None)
-        for pool in self._pools(grant) if grant is not None else ():
-            pool.kept.pop(slot, None)
-            pool.settle()
+        if grant is not None and (view := self.nodes.get(grant.node)) is not None:
+            view.remove(slot, grant, kept=True)
+            self._changed.add(grant.node)
         return grant
 
     def observe(self, node: str, use: DeviceUse, read_s: float) -> None:
         """A reading of one device, made at `read_s`. One older than the last lease change may not raise free memory."""
         view = self.nodes.get(node)
-        pool = view.pools.get(use.uuid) if view is not None else None
-        if pool is None:
+        device = view.devices.get(use.uuid) if view is not None else None
+        if device is None:
             return
-        pool.healthy = use.healthy
+        pool = device.pool
+        self._changed.add(node)
         if not use.healthy:
+            pool.sick.add(use.uuid)
             return
+        pool.sick.discard(use.uuid)
         known = {slot: size for slot, size in use.slots.items() if slot in pool.leases}
         foreign = max(0, use.foreign_bytes)
         if read_s < pool.changed_s:
             foreign = max(foreign, pool.foreign_bytes)
             known = {slot: max(known.get(slot, 0), pool.used.get(slot, 0)) for slot in known.keys() | pool.used.keys()}
+        if foreign == pool.foreign_bytes and known == pool.used:
+            return
         pool.foreign_bytes = foreign
         pool.used = known
         pool.settle()
@@ -220,11 +437,9 @@ class Index:
         """An index that can be tried on."""
         other = Index()
         other.grants, other.kept = self.grants.copy(), self.kept.copy()
-        for name, view in self.nodes.items():
-            twin = other.nodes[name] = NodeView(name, view.incarnation, (), 0, view.slots_max)
-            twin.slots = view.slots.copy()
-            twin.cordoned, twin.lost, twin.reachable = view.cordoned, view.lost, view.reachable
-            twin.pools = {uuid: pool.copy() for uuid, pool in view.pools.items()}
+        other.nodes = {name: view.copy() for name, view in self.nodes.items()}
+        for view in other.nodes.values():
+            view.tell(other._changed)
         return other
 
 
@@ -234,16 +449,25 @@ def index_of(state: ClusterState) -> Index:
     for row in state.nodes:
         if row.left:
             continue
-        index.add_node(row.node, row.incarnation, row.info.devices, row.info.reserve_bytes, row.info.slots_max)
+        info = row.info
+        index.add_node(
+            row.node,
+            row.incarnation,
+            info.devices,
+            info.reserve_bytes,
+            info.slots_max,
+            cpu_milli=info.cpus * 1000,
+            host_memory_bytes=info.host_memory_bytes,
+            labels=info.labels,
+        )
         view = index.nodes[row.node]
         view.lost = row.fenced
         view.reachable = bool(row.address)
         view.cordoned = row.cordon is not Cordon.NONE
     shapes = {queue.shape_id: queue.shape for queue in state.queues}
     for slot in state.slots:
-        if slot.node and slot.devices and (slot.memory_bytes or slot.shape_id in shapes):
-            memory_bytes = slot.memory_bytes or shapes[slot.shape_id].memory_bytes
-            index.lease(slot.slot_id, Grant(slot.node, slot.devices, memory_bytes))
+        if (grant := slot.grant(shapes.get(slot.shape_id))) is not None:
+            index.lease(slot.slot_id, grant)
     for row in state.nodes:
         for use in row.uses:
             index.observe(row.node, use, 0.0)

@@ -9,7 +9,7 @@ import msgspec
 
 from manager.core.devices import Device
 from manager.core.lifecycle import Cordon, Outcome, SlotFlag, SlotKind, SlotStatus, TaskStatus
-from manager.core.shapes import Resources, Shape
+from manager.core.shapes import Grant, Labels, Resources, Shape, grant_of, memory_class
 
 PRIORITY_MAX: Final = 10
 _PRIORITY_STEP: Final = 2**44
@@ -165,7 +165,7 @@ class OpenReply(msgspec.Struct, frozen=True):
 class SlotRow(msgspec.Struct, frozen=True, kw_only=True):
     """A slot as the store has it. `devices` are uuids; `running` counts the tasks that it has claimed.
 
-    A slot of kind DIRECT has no shape in the store: `memory_bytes` is what it leases on each device (0: its shape says).
+    `memory_bytes` is what it leases on each device; 0: its shape says. A slot of kind DIRECT has no shape in the store.
     """
 
     slot_id: str
@@ -183,12 +183,39 @@ class SlotRow(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     kind: SlotKind = SlotKind.TASKS
     memory_bytes: int = 0
+    share_milli: int = 0
+    cpu_milli: int = 0
+    host_memory_bytes: int = 0
+    exclusive: bool = False
+    model: str = ""
+
+    def grant(self, shape: Shape | None) -> Grant | None:
+        """What it has leased; None where that is not known (yet).
+
+        Args:
+            shape: its own, where the store has one: a slot that was opened by an older agent says no more than its memory.
+        """
+        if not self.node or not self.devices:
+            return None
+        if self.memory_bytes:
+            return Grant(
+                self.node,
+                self.devices,
+                self.memory_bytes,
+                self.share_milli,
+                self.cpu_milli,
+                self.host_memory_bytes,
+                self.exclusive,
+                self.model,
+            )
+        return None if shape is None else grant_of(shape.resources, self.node, self.devices)
 
 
 class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     """A shape with work or slots. `head` is the score of its first task; `run_s` its learned run time.
 
     `warm` slots are to be open although nothing waits; those that have been idle since before `unload_ms` are to close.
+    `learned_bytes` is the most memory that a slot of it was seen to use on a device, where that was over its lease.
     """
 
     shape_id: str
@@ -199,13 +226,23 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     run_s: float | None = None
     warm: int = 0
     unload_ms: int | None = None
+    learned_bytes: int = 0
+
+    @property
+    def resources(self) -> Resources:
+        """What a slot of it needs: what was asked for, or what it turned out to need where that is more."""
+        asked = self.shape.resources
+        if self.learned_bytes <= asked.memory_bytes:
+            return asked
+        return msgspec.structs.replace(asked, memory_bytes=memory_class(self.learned_bytes))
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent says of itself when it registers.
 
-    `cpus` are its host's, which other nodes may share; 0: not known. `group` is the autoscaler's, empty: none. `machine` is
-    the same for all nodes that may see the same devices, in containers too; empty: the hostname stands for it.
+    `cpus` and `host_memory_bytes` are its host's, which other nodes may share; 0: not known. `group` is the autoscaler's,
+    empty: none. `machine` is the same for all nodes that may see the same devices, in containers too; empty: the hostname
+    stands for it. `labels` are the operator's.
     """
 
     hostname: str
@@ -219,10 +256,12 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     metrics_url: str = ""
     group: str = ""
     machine: str = ""
+    host_memory_bytes: int = 0
+    labels: Labels = ()
 
 
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One device as its agent last saw it, with what each slot uses.
+    """One device as its agent last saw it, with what each slot uses. Memory is that of its pool, where it shares one.
 
     Attributes:
         used_bytes: memory in use by anybody.

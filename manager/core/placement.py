@@ -1,35 +1,67 @@
-"""Which devices a slot gets. Pure: the same index and shape give the same answer.
+"""Which devices a slot gets. Pure: the same index, request, demand and policy give the same answer.
 
-`place` never raises: "cannot" is an answer, with a verdict for every node. What is free is `manager.core.index`'s.
+`place` never raises: "cannot" is an answer, with a verdict for every node. Of all that fits, a policy says what is best; what a
+policy said of a node is remembered until that node changes, so that a request looks only at what is new to its kind of request.
+What is free is `manager.core.index`'s; the policies are `manager.core.policies`'.
 """
 
 import enum
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from manager.core.index import Grant, Index, NodeView, Pool
-from manager.core.quantities import MEMORY_BYTES_MAX
-from manager.core.shapes import Shape
+from manager.core.index import DeviceView, Index, NodeView, Pool
+from manager.core.selectors import has_labels, has_model
+from manager.core.shapes import Grant, Resources, grant_of
+from manager.core.table import Bools, Ints, Table
+
+Floats = NDArray[np.float64]
+
+CLASSES_MAX: Final = 4096
+"""Kinds of request that a policy's scores are remembered for; more than that and all are forgotten."""
 
 
 class Reason(enum.StrEnum):
-    """Why a node cannot take a shape now."""
+    """Why a node cannot take a request now."""
 
     INSUFFICIENT_MEMORY = "InsufficientMemory"  # leased to other slots
     FOREIGN_MEMORY = "ForeignMemory"  # would fit but for memory used by processes that are not ours
-    EXCEEDS_LARGEST_DEVICE = "ExceedsLargestDevice"  # would not fit on the empty node
-    TOO_FEW_DEVICES = "TooFewDevices"
-    UNHEALTHY_DEVICE = "UnhealthyDevice"
-    CORDONED = "Cordoned"
+    RESERVED_FOR_LARGER = "ReservedForLarger"  # would fit but for room that is kept for what has waited longer
+    INSUFFICIENT_SHARE = "InsufficientShare"  # the compute of its devices is promised to others
+    DEVICE_IN_USE = "DeviceInUse"  # one of the two wants the device for itself
+    INSUFFICIENT_CPU = "InsufficientCpu"
+    INSUFFICIENT_HOST_MEMORY = "InsufficientHostMemory"
     TOO_MANY_SLOTS = "TooManySlots"  # memory would do, but the node has all the slots that it may have
     NO_WORKER = "NoWorker"  # the agent lives, its Dask worker does not (yet)
     NODE_LOST = "NodeLost"
+    CORDONED = "Cordoned"
+    UNHEALTHY_DEVICE = "UnhealthyDevice"
+    EXCEEDS_LARGEST_DEVICE = "ExceedsLargestDevice"  # would not fit on the empty node
+    EXCEEDS_HOST = "ExceedsHost"  # more CPUs or memory than the host has
+    TOO_FEW_DEVICES = "TooFewDevices"
+    NO_MATCHING_ARCHITECTURE = "NoMatchingArchitecture"
+    NO_MATCHING_DEVICE = "NoMatchingDevice"  # of the model that was asked for
+    NO_MATCHING_LABELS = "NoMatchingLabels"
+
+
+NEVER: Final = frozenset(
+    {
+        Reason.EXCEEDS_LARGEST_DEVICE,
+        Reason.EXCEEDS_HOST,
+        Reason.TOO_FEW_DEVICES,
+        Reason.NO_MATCHING_ARCHITECTURE,
+        Reason.NO_MATCHING_DEVICE,
+        Reason.NO_MATCHING_LABELS,
+    }
+)
+"""What no waiting changes: the node could not take it empty either."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What one node says to one shape. `short_bytes` is what is missing per device, 0 where memory is not the matter."""
+    """What one node says to one request. `short_bytes` is what is missing per device, 0 where memory is not the matter."""
 
     node: str
     reason: Reason
@@ -37,143 +69,365 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Placed(msgspec.Struct, frozen=True, tag="placed"):
-    """The shape fits there."""
+    """It fits there."""
 
     grant: Grant
 
 
 class Unplaced(msgspec.Struct, frozen=True, tag="unplaced"):
-    """The shape fits nowhere now; one verdict for each node, by name."""
+    """It fits nowhere now; one verdict for each node, by name."""
 
     verdicts: tuple[Verdict, ...]
 
 
-Demand = tuple[tuple[Shape, float], ...]
-"""The known mix of shapes with their shares, for policies that look ahead."""
-NO_DEMAND: Final[Demand] = ()
+class Demand:
+    """The known mix of requests with how often each comes, for policies that look ahead. Equal only to itself."""
+
+    __slots__ = ("shares",)
+
+    def __init__(self, shares: Iterable[tuple[Resources, float]] = ()) -> None:
+        self.shares = tuple(shares)
 
 
-def place(shape: Shape, index: Index, demand: Demand = NO_DEMAND) -> Placed | Unplaced:  # noqa: ARG001
-    """Best fit (see `find`), or why not.
+NO_DEMAND: Final = Demand()
+
+
+class Options(msgspec.Struct, frozen=True):
+    """Where a request fits: N alternatives, each a row of the table and devices of it.
+
+    Attributes:
+        resources: what is asked for.
+        table: what is free, before.
+        row: of each alternative, ascending, (N).
+        devices: columns of the devices that it would take, (N, gpus).
+    """
+
+    resources: Resources
+    table: Table
+    row: Ints
+    devices: Ints
+
+
+class Policy(Protocol):
+    """What is best of all that fits. Its answer may depend on nothing but its arguments."""
+
+    @property
+    def name(self) -> str:
+        """As settings call it."""
+
+    def scores(self, options: Options, demand: Demand) -> Floats:
+        """The score of each alternative, (N). The lowest is taken, of equal ones the first. Each must be a number.
+
+        An alternative's score may depend on its own node only: it is remembered until that node changes.
+        """
+
+
+def place(resources: Resources, index: Index, policy: Policy, demand: Demand = NO_DEMAND) -> Placed | Unplaced:
+    """The best place, or why there is none.
 
     Args:
-        shape: what is asked for.
+        resources: what is asked for.
         index: the ledger; not changed.
-        demand: part of every policy's signature; this one does not look ahead.
+        policy: says which of all that fit is best.
+        demand: what is expected to be asked for, for policies that look ahead.
     """
-    grant = find(shape, index)
+    grant = find(resources, index, policy, demand)
     if grant is not None:
         return Placed(grant)
-    return Unplaced(tuple(verdict(shape, view) for _, view in sorted(index.nodes.items())))
+    return Unplaced(tuple(verdict(resources, view) for _, view in sorted(index.nodes.items())))
 
 
-def find(shape: Shape, index: Index) -> Grant | None:
-    """Best fit: the node and devices with the least free memory that still hold the shape; ties by name. None: no room."""
-    if shape.gpus == 1:
-        return _find_one(shape.memory_bytes, index)
-    memory_bytes, gpus = shape.memory_bytes, shape.gpus
-    best: tuple[int, str, tuple[str, ...]] | None = None
-    for name, view in index.nodes.items():
-        if not view.placeable or len(view.pools) < gpus:
-            continue
-        pools = view.pools.values()
-        fitting = [(pool.free_bytes, pool.uuid) for pool in pools if pool.free_bytes >= memory_bytes and pool.healthy]
-        if len(fitting) >= gpus:
-            chosen = sorted(fitting)[:gpus]
-            candidate = (sum(free for free, _ in chosen), name, tuple(uuid for _, uuid in chosen))
-            if best is None or candidate < best:
-                best = candidate
-    return None if best is None else Grant(best[1], best[2], memory_bytes)
+def find(resources: Resources, index: Index, policy: Policy, demand: Demand = NO_DEMAND) -> Grant | None:
+    """`place` without the verdicts. None: no room."""
+    table = index.table
+    if not table.names:
+        return None
+    # Demand is in the key by identity, and held by the entry, so that no later one can be taken for it.
+    known: dict[Resources, _Scored] = index.memo.setdefault((policy.name, demand), {})
+    scored = known.get(resources)
+    if scored is None:
+        if len(known) >= CLASSES_MAX:
+            known.clear()
+        scored = known[resources] = _Scored(resources, table)
+    scored.update(table, policy, demand)
+    row = int(scored.best.argmin())
+    if scored.best[row] == np.inf:
+        return None
+    uuids = table.uuids[row]
+    return grant_of(resources, table.names[row], tuple([uuids[at] for at in scored.devices[row].tolist()]))
 
 
-def _find_one(memory_bytes: int, index: Index) -> Grant | None:
-    """`find` for one device: nearly all requests, and a round over a large cluster makes thousands."""
-    best_bytes, best = MEMORY_BYTES_MAX + 1, ("", "")
-    for name, view in index.nodes.items():
-        if view.placeable:
-            for pool in view.pools.values():
-                free_bytes = pool.free_bytes
-                if (
-                    memory_bytes <= free_bytes <= best_bytes
-                    and pool.healthy
-                    and (free_bytes < best_bytes or (name, pool.uuid) < best)
-                ):
-                    best_bytes, best = free_bytes, (name, pool.uuid)
-    return None if best_bytes > MEMORY_BYTES_MAX else Grant(best[0], (best[1],), memory_bytes)
+class _Scored:
+    """What a policy said of each row for one kind of request: its best alternative there."""
+
+    __slots__ = ("best", "devices", "mark", "matching", "resources")
+
+    def __init__(self, resources: Resources, table: Table) -> None:
+        self.resources = resources
+        self.matching = table.matching(resources)
+        self.best: Floats = np.full(len(table.names), np.inf)
+        self.devices: Ints = np.zeros((len(table.names), resources.gpus), np.int64)
+        self.mark = -1
+
+    def update(self, table: Table, policy: Policy, demand: Demand) -> None:
+        """Score the rows again that have changed."""
+        rows = table.changed_since(self.mark) if self.mark >= 0 else None
+        if rows is None:
+            rows = np.arange(len(table.names))
+        self.mark = table.at
+        if not len(rows):
+            return
+        self.best[rows] = np.inf
+        options = options_of(self.resources, table, rows, self.matching)
+        if not len(options.row):
+            return
+        scores = policy.scores(options, demand)
+        # The first of the lowest of each row: alternatives of a row stand together, and lexsort is stable.
+        order = np.lexsort((scores, options.row))
+        row = options.row[order]
+        first = order[np.flatnonzero(np.concatenate(([True], row[1:] != row[:-1])))]
+        self.best[options.row[first]] = scores[first]
+        self.devices[options.row[first]] = options.devices[first]
 
 
-def verdict(shape: Shape, view: NodeView) -> Verdict:
-    """Why the node cannot take the shape now; asked only where it cannot."""
+def options_of(resources: Resources, table: Table, rows: Ints, matching: Bools | None) -> Options:
+    """All alternatives on `rows`: each device where one is asked for, else the tightest that there are on each node."""
+    gpus = resources.gpus
+    if gpus == 0:
+        found = rows[table.hosts(resources, rows)]
+        return Options(resources, table, found, np.zeros((len(found), 0), np.int64))
+    fits = table.fitting(resources, rows, matching)
+    if gpus == 1:
+        at, device = np.nonzero(fits)
+        return Options(resources, table, rows[at], device[:, None])
+    enough = np.flatnonzero(fits.sum(axis=1) >= gpus)
+    rows, fits = rows[enough], fits[enough]
+    memory = np.where(fits, table.memory_bytes[rows], np.iinfo(np.int64).max)
+    chosen = np.lexsort((table.share_milli[rows], memory), axis=1)[:, :gpus]
+    shared = np.flatnonzero(table.shared[rows])
+    if len(shared):
+        able = np.ones(len(rows), np.bool_)
+        for place_at in shared.tolist():
+            row = int(rows[place_at])
+            uuids = devices_for(resources, table.views[row])
+            able[place_at] = uuids is not None
+            if uuids is not None:
+                columns = {uuid: column for column, uuid in enumerate(table.uuids[row])}
+                chosen[place_at] = [columns[uuid] for uuid in uuids]
+        rows, chosen = rows[able], chosen[able]
+    return Options(resources, table, rows, chosen)
+
+
+def devices_for(resources: Resources, view: NodeView) -> tuple[str, ...] | None:
+    """The tightest devices of one node that would do now; None where they would not."""
+    if not view.placeable or view.cpu_free_milli < resources.cpu_milli or view.host_free_bytes < resources.host_memory_bytes:
+        return None
+    fitting = [device for device in view.devices.values() if _fits(resources, device)]
+    fitting.sort(key=lambda device: (device.pool.free_bytes, device.free_milli))
+    chosen: list[str] = []
+    taken: dict[str, int] = {}
+    for device in fitting:
+        pool, promised = device.pool, taken.get(device.pool.key, 0)
+        if len(chosen) < resources.gpus and pool.free_bytes - promised >= resources.memory_bytes:
+            chosen.append(device.uuid)
+            taken[pool.key] = promised + resources.memory_bytes
+    return tuple(chosen) if len(chosen) == resources.gpus else None
+
+
+def _fits(resources: Resources, device: DeviceView) -> bool:
+    return (
+        device.pool.healthy
+        and not device.alone
+        and device.pool.free_bytes >= resources.memory_bytes
+        and device.free_milli >= resources.share_milli
+        and device.kind.matches(resources)
+        and not (resources.exclusive and (device.slots or device.kept))
+    )
+
+
+def copies_of(resources: Resources, grant: Grant, index: Index) -> int:
+    """How many grants like this one fit on these very devices, one after the other."""
+    view = index.nodes[grant.node]
+    if grant.exclusive or not grant.devices:
+        return 1
+    devices = [view.devices[uuid] for uuid in grant.devices]
+    in_pool = {device.pool.key: 0 for device in devices}
+    for device in devices:
+        in_pool[device.pool.key] += 1
+    rooms = [device.pool.free_bytes // max(1, in_pool[device.pool.key] * resources.memory_bytes) for device in devices]
+    if resources.share_milli:
+        rooms += [device.free_milli // resources.share_milli for device in devices]
+    if resources.cpu_milli:
+        rooms.append(view.cpu_free_milli // resources.cpu_milli)
+    if resources.host_memory_bytes:
+        rooms.append(view.host_free_bytes // resources.host_memory_bytes)
+    return max(1, min(rooms))
+
+
+def several_of(grant: Grant, count: int) -> Grant:
+    """So many grants like this one, as if they were one."""
+    return msgspec.structs.replace(
+        grant,
+        memory_bytes=grant.memory_bytes * count,
+        share_milli=grant.share_milli * count,
+        cpu_milli=grant.cpu_milli * count,
+        host_memory_bytes=grant.host_memory_bytes * count,
+    )
+
+
+def verdict(resources: Resources, view: NodeView) -> Verdict:
+    """Why the node cannot take the request now; asked only where it cannot."""
+
+    def says(reason: Reason, short_bytes: int = 0) -> Verdict:
+        return Verdict(view.name, reason, short_bytes)
+
+    gpus = resources.gpus
     if view.lost:
-        return Verdict(view.name, Reason.NODE_LOST)
-    if len(view.pools) < shape.gpus:
-        return Verdict(view.name, Reason.TOO_FEW_DEVICES)
-
-    def short(sizes: Iterable[int]) -> int:
-        """What the last device needed would still lack."""
-        return shape.memory_bytes - sorted(sizes, reverse=True)[shape.gpus - 1]
-
-    pools = list(view.pools.values())
-    if (missing := short(pool.usable_bytes for pool in pools)) > 0:
-        return Verdict(view.name, Reason.EXCEEDS_LARGEST_DEVICE, missing)
+        return says(Reason.NODE_LOST)
+    if len(view.devices) < gpus:
+        return says(Reason.TOO_FEW_DEVICES)
+    devices = [device for device in view.devices.values() if device.kind.matches(resources)]
+    if len(devices) < gpus:
+        return says(_mismatch(resources, view))
+    if (missing := _short(resources, devices, _usable)) > 0:
+        return says(Reason.EXCEEDS_LARGEST_DEVICE, missing)
+    if view.cpu_milli < resources.cpu_milli or view.host_memory_bytes < resources.host_memory_bytes:
+        return says(Reason.EXCEEDS_HOST)
     if view.cordoned:
-        return Verdict(view.name, Reason.CORDONED)
+        return says(Reason.CORDONED)
     if not view.reachable:
-        return Verdict(view.name, Reason.NO_WORKER)
-    healthy = [pool for pool in pools if pool.healthy]
-    if len(healthy) < shape.gpus or short(pool.usable_bytes for pool in healthy) > 0:
-        return Verdict(view.name, Reason.UNHEALTHY_DEVICE)
-    missing = max(0, short(pool.free_bytes for pool in healthy))
-    if missing == 0 and len(view.slots) >= view.slots_max:
-        return Verdict(view.name, Reason.TOO_MANY_SLOTS)
-    if short(pool.free_bytes + pool.foreign_bytes for pool in healthy) <= 0:
-        return Verdict(view.name, Reason.FOREIGN_MEMORY, missing)
-    return Verdict(view.name, Reason.INSUFFICIENT_MEMORY, missing)
+        return says(Reason.NO_WORKER)
+    devices = [device for device in devices if device.pool.healthy]
+    if len(devices) < gpus or _short(resources, devices, _usable) > 0:
+        return says(Reason.UNHEALTHY_DEVICE)
+    free = [device for device in devices if not device.alone and not (resources.exclusive and (device.slots or device.kept))]
+    if len(free) < gpus:
+        return says(Reason.DEVICE_IN_USE)
+    share = [device for device in free if device.free_milli >= resources.share_milli]
+    if len(share) < gpus:
+        return says(Reason.INSUFFICIENT_SHARE)
+    if (missing := _short(resources, share, _free)) > 0:
+        if _short(resources, share, lambda pool: pool.free_bytes + pool.foreign_bytes) <= 0:
+            return says(Reason.FOREIGN_MEMORY, missing)
+        if _short(resources, share, lambda pool: pool.free_bytes + sum(pool.kept.values())) <= 0:
+            return says(Reason.RESERVED_FOR_LARGER, missing)
+        return says(Reason.INSUFFICIENT_MEMORY, missing)
+    if view.cpu_free_milli < resources.cpu_milli:
+        return says(Reason.INSUFFICIENT_CPU)
+    if view.host_free_bytes < resources.host_memory_bytes:
+        return says(Reason.INSUFFICIENT_HOST_MEMORY)
+    return says(Reason.TOO_MANY_SLOTS)
 
 
-def victims(shape: Shape, index: Index, costs: Mapping[str, float]) -> tuple[str, ...]:
-    """Slots on one node whose end makes the shape fit there, cheapest first; empty where no such set exists.
+def _mismatch(resources: Resources, view: NodeView) -> Reason:
+    """Which selector leaves too few devices of the node."""
+    if not has_labels(resources, view.labels):
+        return Reason.NO_MATCHING_LABELS
+    if sum(has_model(resources, device.kind.model) for device in view.devices.values()) < resources.gpus:
+        return Reason.NO_MATCHING_DEVICE
+    return Reason.NO_MATCHING_ARCHITECTURE
+
+
+def _usable(pool: Pool) -> int:
+    return pool.usable_bytes
+
+
+def _free(pool: Pool) -> int:
+    return pool.free_bytes
+
+
+class _Room(Protocol):
+    def __call__(self, pool: Pool) -> int: ...
+
+
+def _short(resources: Resources, devices: Iterable[DeviceView], room: _Room) -> int:
+    """What the last device needed would still lack, of memory; negative or 0 where nothing is missing."""
+    memory_bytes = resources.memory_bytes
+    wanted: dict[str, int] = {}
+    shorts = []
+    for device in devices:
+        key = device.pool.key
+        wanted[key] = wanted.get(key, 0) + memory_bytes  # each further one of a pool finds so much less
+        shorts.append(wanted[key] - room(device.pool))
+    return sorted(shorts)[resources.gpus - 1] if resources.gpus else 0
+
+
+def victims(resources: Resources, index: Index, costs: Mapping[str, float]) -> tuple[str, ...]:
+    """Slots on one node whose end makes the request fit there, cheapest first; empty where no such set exists.
 
     Args:
-        shape: what must fit.
+        resources: what must fit.
         index: the ledger.
         costs: what ending each slot costs; slots that are not in it stay.
     """
     best: tuple[float, int, str, tuple[str, ...]] | None = None
     for name, view in index.nodes.items():
-        if not view.usable or len(view.pools) < shape.gpus:
+        if not view.usable or len(view.devices) < resources.gpus:
             continue
-        options: list[tuple[float, str, tuple[str, ...]]] = []
-        for uuid, pool in view.pools.items():
-            chosen = _clear(pool, shape.memory_bytes, costs) if pool.healthy else None
-            if chosen is not None:
-                options.append((sum(costs[slot] for slot in chosen), uuid, chosen))
-        if len(options) < shape.gpus:
+        chosen = _victims_on(resources, view, index.grants, costs)
+        if chosen is None:
             continue
-        chosen_slots = sorted({slot for _, _, slots in sorted(options)[: shape.gpus] for slot in slots})
-        if not chosen_slots:
-            if view.placeable:
-                return ()  # it fits as it is
-            chosen_slots = sorted((s for s in view.slots if s in costs), key=lambda s: (costs[s], s))[:1]
-            if not chosen_slots:
-                continue
-        candidate = (sum(costs[s] for s in chosen_slots), len(chosen_slots), name, tuple(chosen_slots))
+        if not chosen:
+            return ()  # it fits as it is
+        candidate = (sum(costs[slot] for slot in chosen), len(chosen), name, chosen)
         if best is None or candidate < best:
             best = candidate
     return best[3] if best is not None else ()
 
 
-def _clear(pool: Pool, memory_bytes: int, costs: Mapping[str, float]) -> tuple[str, ...] | None:
-    """Slots whose end frees `memory_bytes` on the device, none of them needlessly; None where none do.
+def _victims_on(
+    resources: Resources, view: NodeView, grants: Mapping[str, Grant], costs: Mapping[str, float]
+) -> tuple[str, ...] | None:
+    """The cheapest slots of one node that will do; None: no set of them does."""
+    options: list[tuple[float, str, tuple[str, ...]]] = []
+    for uuid, device in view.devices.items():
+        if device.pool.healthy and device.kind.matches(resources):
+            cleared = _clear(resources, device, costs)
+            if cleared is not None:
+                options.append((sum(costs[slot] for slot in cleared), uuid, cleared))
+    if len(options) < resources.gpus:
+        return None
+    chosen = {slot for _, _, slots in sorted(options)[: resources.gpus] for slot in slots}
+    is_simple = len(view.pools) == len(view.devices) and not resources.cpu_milli and not resources.host_memory_bytes
+    if is_simple and len(view.slots) - len(chosen) < view.slots_max:
+        return tuple(sorted(chosen))
+    # Devices that share memory, CPUs, memory of the host and the number of slots may need more of them than that.
+    scratch = view.copy()
+    for slot in chosen:
+        scratch.remove(slot, grants[slot])
+    others = sorted((slot for slot in view.slots if slot in costs and slot not in chosen), key=lambda s: (costs[s], s))
+    while devices_for(resources, scratch) is None:
+        if not others:
+            return None
+        scratch.remove(others[0], grants[others[0]])
+        chosen.add(others.pop(0))
+    return tuple(sorted(chosen))
+
+
+def _clear(resources: Resources, device: DeviceView, costs: Mapping[str, float]) -> tuple[str, ...] | None:
+    """Slots whose end makes room for one part of the request on the device, none of them needlessly; None where none do."""
+    alone = resources.exclusive or bool(device.alone)
+    if alone and (device.slots or device.kept):
+        return tuple(sorted(device.slots)) if not device.kept and all(slot in costs for slot in device.slots) else None
+    pool = device.pool
+    sizes = {slot: max(lease, pool.used.get(slot, 0)) for slot, lease in pool.leases.items() if slot in costs}
+    by_memory = _enough(resources.memory_bytes - pool.free_bytes, sizes, costs)
+    if by_memory is None:
+        return None
+    shares = {slot: share for slot, share in device.slots.items() if slot in costs and slot not in by_memory}
+    missing = resources.share_milli - device.free_milli - sum(device.slots.get(slot, 0) for slot in by_memory)
+    by_share = _enough(missing, shares, costs)
+    return None if by_share is None else (*by_memory, *by_share)
+
+
+def _enough(missing: int, sizes: Mapping[str, int], costs: Mapping[str, float]) -> tuple[str, ...] | None:
+    """Slots that together give `missing`, none of them needlessly; None where all of them do not.
 
     The cheaper of: the cheapest slot that is enough alone, and cheap ones taken until it is enough, less those that were
     not needed in the end.
     """
-    missing = memory_bytes - pool.free_bytes
     if missing <= 0:
         return ()
-    used = pool.used
-    sizes = {slot: max(lease, used.get(slot, 0)) for slot, lease in pool.leases.items() if slot in costs}
     if sum(sizes.values()) < missing:
         return None
     chosen: list[str] = []

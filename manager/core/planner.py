@@ -11,11 +11,13 @@ from typing import Final
 import msgspec
 
 from manager.core.closing import Close, TooLarge, closes_of
-from manager.core.index import Grant, Index
+from manager.core.index import Index
 from manager.core.lifecycle import SlotStatus
 from manager.core.model import ClusterState, QueueRow
 from manager.core.needs import UNKNOWN_OPEN_MAX, Limits, needs_of, wake_depth
-from manager.core.placement import find
+from manager.core.placement import copies_of, find, several_of
+from manager.core.policies import BEST_FIT
+from manager.core.shapes import Grant
 
 STARTING_S: Final = 2.0
 """An executor is taken to start for so long after its slot has opened, unless it has ended a task: imports take seconds."""
@@ -143,14 +145,11 @@ def _requested(state: ClusterState, shape_id: str, held: frozenset[str]) -> list
 
 def _take(queue: QueueRow, scratch: Index, count: int, name: str) -> int:
     """How many of `count` slots fit on what is left; what fits is taken from `scratch`."""
-    shape = queue.shape
+    resources = queue.resources
     taken = 0
-    while taken < count and (grant := find(shape, scratch)) is not None:
-        pools = scratch.nodes[grant.node].pools
-        # Best fit goes on with the devices that it began with, until they are full: so all of these at once.
-        room = min(pools[uuid].free_bytes for uuid in grant.devices) // max(1, shape.memory_bytes)
-        several = min(room, count - taken)
-        whole = Grant(grant.node, grant.devices, shape.memory_bytes * several)
-        scratch.lease(f"{name} {queue.shape_id}/{taken}", whole)
+    while taken < count and (grant := find(resources, scratch, BEST_FIT)) is not None:
+        # As many as fit on these very devices at once: a round must not ask for each of thousands.
+        several = min(copies_of(resources, grant, scratch), count - taken)
+        scratch.lease(f"{name} {queue.shape_id}/{taken}", several_of(grant, several))
         taken += several
     return taken

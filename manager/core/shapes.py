@@ -1,10 +1,11 @@
-"""Resources and shapes: what a task asks for, and what tasks have in common for placement.
+"""Resources, shapes and grants: what a task asks for, what tasks have in common for placement, and what they are given.
 
 A shape holds every field that placement reads, the tenant and the digest of the function's environment; never priority,
 age or arguments. Memory is rounded up to classes so that shapes stay few.
 """
 
 import hashlib
+from functools import lru_cache
 from typing import Annotated, Final
 
 import msgspec
@@ -13,6 +14,13 @@ from manager.core.quantities import GIB, MEMORY_BYTES_MAX, MIB
 
 GPUS_MAX: Final = 64
 """Devices of one request: more than any one node holds today."""
+SHARE_MILLI_MAX: Final = 1000
+"""The compute of a whole device, in thousandths."""
+CPU_MILLI_MAX: Final = 4096 * 1000
+"""More CPU than any host has: a request over it is a typing error."""
+
+Labels = tuple[tuple[str, str], ...]
+"""Names and values, by name."""
 
 
 class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -21,10 +29,27 @@ class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     Attributes:
         memory_bytes: memory on each device.
         gpus: how many devices, all on one node.
+        share_milli: of the compute of each device, in thousandths; 0: no share is asked for, and none is counted.
+        architectures: of which each device must have one: names (``gfx942``), families (``cdna3``) or beginnings
+            (``gfx94*``); none: any does. In the order of the alphabet.
+        device_model: what the device's model must contain, in lower case; empty: any does.
+        labels: what the node's labels must be.
+        cpu_milli: of the host's CPUs, in thousandths of one; 0: none is counted.
+        host_memory_bytes: of the host's memory; 0: none is counted.
+        exclusive: nobody else may have anything on these devices.
+        model: what should be loaded already; empty: nothing.
     """
 
     memory_bytes: Annotated[int, msgspec.Meta(ge=1, le=MEMORY_BYTES_MAX)]
     gpus: Annotated[int, msgspec.Meta(ge=1, le=GPUS_MAX)] = 1
+    share_milli: Annotated[int, msgspec.Meta(ge=0, le=SHARE_MILLI_MAX)] = 0
+    architectures: tuple[str, ...] = ()
+    device_model: str = ""
+    labels: Labels = ()
+    cpu_milli: Annotated[int, msgspec.Meta(ge=0, le=CPU_MILLI_MAX)] = 0
+    host_memory_bytes: Annotated[int, msgspec.Meta(ge=0, le=MEMORY_BYTES_MAX)] = 0
+    exclusive: bool = False
+    model: str = ""
 
 
 class Shape(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -36,6 +61,7 @@ class Shape(msgspec.Struct, frozen=True, omit_defaults=True):
         memory_bytes: memory leased on each device, a class (see `memory_class`).
         gpus: devices, all on one node.
         max_tasks_per_slot: how many tasks a slot serves before it ends; 0 is no limit.
+        share_milli, architectures, device_model, labels, cpu_milli, host_memory_bytes, exclusive, model: as in `Resources`.
     """
 
     tenant: str
@@ -43,6 +69,49 @@ class Shape(msgspec.Struct, frozen=True, omit_defaults=True):
     memory_bytes: int
     gpus: int = 1
     max_tasks_per_slot: int = 0
+    share_milli: int = 0
+    architectures: tuple[str, ...] = ()
+    device_model: str = ""
+    labels: Labels = ()
+    cpu_milli: int = 0
+    host_memory_bytes: int = 0
+    exclusive: bool = False
+    model: str = ""
+
+    @property
+    def resources(self) -> Resources:
+        """What a slot of the shape needs: all that placement reads, and nothing of whose it is."""
+        return _resources_of(self)
+
+
+class Grant(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a slot has of one node: devices, and of each of them memory and a share; and of the host.
+
+    `memory_bytes` and `share_milli` are of each device. `model` is what the slot has loaded, empty: nothing that is known.
+    """
+
+    node: str
+    devices: tuple[str, ...]
+    memory_bytes: int
+    share_milli: int = 0
+    cpu_milli: int = 0
+    host_memory_bytes: int = 0
+    exclusive: bool = False
+    model: str = ""
+
+
+def grant_of(resources: Resources, node: str, devices: tuple[str, ...]) -> Grant:
+    """What `resources` are on these devices of a node."""
+    return Grant(
+        node,
+        devices,
+        resources.memory_bytes,
+        resources.share_milli,
+        resources.cpu_milli,
+        resources.host_memory_bytes,
+        resources.exclusive,
+        resources.model,
+    )
 
 
 def memory_class(memory_bytes: int) -> int:
@@ -64,6 +133,30 @@ def shape_of(tenant: str, environment: str, resources: Resources, max_tasks_per_
         memory_bytes=memory_class(resources.memory_bytes),
         gpus=resources.gpus,
         max_tasks_per_slot=max_tasks_per_slot,
+        share_milli=resources.share_milli,
+        architectures=resources.architectures,
+        device_model=resources.device_model,
+        labels=resources.labels,
+        cpu_milli=resources.cpu_milli,
+        host_memory_bytes=resources.host_memory_bytes,
+        exclusive=resources.exclusive,
+        model=resources.model,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _resources_of(shape: Shape) -> Resources:
+    return Resources(
+        memory_bytes=shape.memory_bytes,
+        gpus=shape.gpus,
+        share_milli=shape.share_milli,
+        architectures=shape.architectures,
+        device_model=shape.device_model,
+        labels=shape.labels,
+        cpu_milli=shape.cpu_milli,
+        host_memory_bytes=shape.host_memory_bytes,
+        exclusive=shape.exclusive,
+        model=shape.model,
     )
 
 

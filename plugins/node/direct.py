@@ -13,8 +13,8 @@ import msgspec
 from manager.core import wire
 from manager.core.errors import StoreUnavailable
 from manager.core.functions import DEFAULT_ENVIRONMENT
-from manager.core.index import Grant
 from manager.core.quantities import KIB, format_memory
+from manager.core.shapes import Grant
 from manager.core.wire import Batch, Call, Done
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS

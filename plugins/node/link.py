@@ -16,8 +16,9 @@ from typing import Any, Final
 import msgspec
 
 from manager.core.devices import Device
-from manager.core.index import SLOTS_MAX, Grant
+from manager.core.index import SLOTS_MAX
 from manager.core.model import DeviceUse
+from manager.core.shapes import Grant
 from manager.core.wire import FrameReader, pack
 
 READ_BYTES: Final = 65536

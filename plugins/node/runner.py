@@ -9,10 +9,9 @@ import time
 from typing import Final
 
 from manager.core.errors import StoreUnavailable
-from manager.core.index import Grant
 from manager.core.lifecycle import FINAL, Outcome, TaskStatus
 from manager.core.model import Claim, End, NextReply
-from manager.core.shapes import Shape
+from manager.core.shapes import Grant, Shape
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS, TASK_DURATION, TASK_RETRIES, TASKS
 from plugins.node.slot_executor import Ending, SlotContext, SlotExecutor

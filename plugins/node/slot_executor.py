@@ -15,10 +15,9 @@ from typing import Final
 
 import msgspec
 
-from manager.core.index import Grant
 from manager.core.lifecycle import Outcome
 from manager.core.model import Claim, End, TaskError
-from manager.core.shapes import Shape
+from manager.core.shapes import Grant, Shape
 from manager.core.wire import Batch, Call, Done
 from manager.log import get_logger
 from manager.metrics import EXECUTOR_RESTARTS

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from manager.core.devices import Device
 from manager.core.errors import StoreUnavailable
-from manager.core.index import Grant
+from manager.core.shapes import Grant
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS
 from plugins.node.direct import DirectRunner

@@ -9,9 +9,8 @@ from typing import Any
 import dask
 from distributed import Client, Scheduler, Worker
 
-from manager.core.index import Grant
 from manager.core.quantities import GIB
-from manager.core.shapes import Shape
+from manager.core.shapes import Grant, Shape
 from manager.dask_side import DaskSide
 from manager.metrics import HOOK_ERRORS
 from plugins.ledger import Ledger

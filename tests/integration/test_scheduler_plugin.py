@@ -8,8 +8,8 @@ import pytest
 from distributed import Future
 
 from manager.core.gpu_tasks import GpuAnnotationRefused
-from manager.core.index import Grant
 from manager.core.quantities import GIB
+from manager.core.shapes import Grant
 from plugins.scheduler import dask_setup
 from plugins.slot import GpuWorkNotPlaced
 from tests.integration.dask_world import World, configured, eventually, worlds

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 import msgspec
 import pytest
 
-from manager.core.index import Grant, index_of
+from manager.core.index import index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, SlotRow
 from manager.core.needs import Limits
 from manager.core.planner import plan
 from manager.core.quantities import GIB
-from manager.core.shapes import Shape
+from manager.core.shapes import Grant, Shape
 from plugins.ledger import Ledger, SlotRequest
 from tests.unit import factories as make
 

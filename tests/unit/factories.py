@@ -1,14 +1,15 @@
 """Values for the tests of decisions: devices, shapes, indexes, and what the store says of queues, slots and nodes."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from manager.core.devices import Device
-from manager.core.index import Grant, Index
+from manager.core.index import Index
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, DeviceUse, NodeInfo, NodeRow, QueueRow, SlotRow, priority_offset
 from manager.core.needs import Limits
 from manager.core.quantities import GIB
-from manager.core.shapes import Shape
+from manager.core.shapes import Grant, Resources, Shape
 from plugins.node.link import Beat, LiveSlot, Report
 
 NOW_MS = 1_000_000
@@ -40,6 +41,11 @@ def shape(gib: float, gpus: int = 1, tenant: str = "t", max_tasks_per_slot: int 
         gpus=gpus,
         max_tasks_per_slot=max_tasks_per_slot,
     )
+
+
+def need(gib: float, gpus: int = 1, **more: Any) -> Resources:
+    """What one task asks for; `more` are fields of `Resources`."""
+    return Resources(int(gib * GIB), gpus, **more)
 
 
 def index(nodes: Mapping[str, Iterable[float]], reserve_gib: float = 0.0) -> Index:
@@ -143,7 +149,7 @@ def beat(node: str, *uses: DeviceUse, closed: tuple[str, ...] = (), age_s: float
 def over_committed(ledger: Index) -> list[str]:
     """Devices on which more was promised than they have; empty, or there is a bug."""
     return [
-        f"{view.name}/{pool.uuid}"
+        f"{view.name}/{pool.key}"
         for view in ledger.nodes.values()
         for pool in view.pools.values()
         if sum(pool.leases.values()) > pool.usable_bytes

@@ -11,12 +11,13 @@ from manager.cli import screens_cluster
 from manager.core.answers import DependencyState, DependencyView, GroupView, LeaderView, WorkerState, utc
 from manager.core.closing import Close
 from manager.core.devices import reserve_of
-from manager.core.index import Grant, index_of
+from manager.core.index import index_of
 from manager.core.lifecycle import Cordon, SlotFlag, SlotKind
 from manager.core.model import ClusterState, Refusal
 from manager.core.planner import NEVER, Open, plan
 from manager.core.quantities import GIB
 from manager.core.reconcile import Drains, drains
+from manager.core.shapes import Grant
 from manager.settings import GroupSettings
 from tests.unit import factories as make
 from tests.unit import test_cli_screens as screens

@@ -1,5 +1,6 @@
 """Placement: what fits goes to the tightest place, what does not gets a reason, and nothing is promised twice."""
 
+from functools import partial
 from typing import assert_never
 
 import hypothesis.strategies as st
@@ -7,10 +8,16 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from manager.core.index import Grant, Index, index_of
-from manager.core.placement import Placed, Reason, Unplaced, Verdict, find, place, victims
+from manager.core import placement
+from manager.core.index import Index, index_of
+from manager.core.placement import Placed, Reason, Unplaced, Verdict, victims
+from manager.core.policies import BEST_FIT
 from manager.core.quantities import GIB
+from manager.core.shapes import Grant, grant_of
 from tests.unit import factories as make
+
+place = partial(placement.place, policy=BEST_FIT)
+find = partial(placement.find, policy=BEST_FIT)
 
 
 def chosen(answer):
@@ -40,7 +47,7 @@ def chosen(answer):
     ],
 )
 def test_place_on_an_empty_fleet(nodes, need, gpus, expected):
-    assert chosen(place(make.shape(need, gpus), make.index(nodes))) == expected
+    assert chosen(place(make.need(need, gpus), make.index(nodes))) == expected
 
 
 def leased(ledger):
@@ -87,7 +94,7 @@ def full_of_slots(ledger):
     [
         pytest.param(leased, Verdict("a", Reason.INSUFFICIENT_MEMORY, 12 * GIB), id="leased to others"),
         pytest.param(above_lease, Verdict("a", Reason.INSUFFICIENT_MEMORY, 12 * GIB), id="a slot above its lease counts"),
-        pytest.param(kept, Verdict("a", Reason.INSUFFICIENT_MEMORY, 12 * GIB), id="kept for another"),
+        pytest.param(kept, Verdict("a", Reason.RESERVED_FOR_LARGER, 12 * GIB), id="kept for another"),
         pytest.param(foreign, Verdict("a", Reason.FOREIGN_MEMORY, 2 * GIB), id="used by strangers"),
         pytest.param(unhealthy, Verdict("a", Reason.UNHEALTHY_DEVICE), id="broken"),
         pytest.param(cordoned, Verdict("a", Reason.CORDONED), id="cordoned"),
@@ -99,39 +106,60 @@ def full_of_slots(ledger):
 def test_a_verdict_says_why_and_how_much_is_missing(deed, verdict):
     ledger = make.index({"a": [24]})
     deed(ledger)
-    assert place(make.shape(16), ledger) == Unplaced((verdict,))
+    assert place(make.need(16), ledger) == Unplaced((verdict,))
+
+
+SELECTORS = {
+    Reason.NO_MATCHING_ARCHITECTURE: make.need(1, architectures=("sm_90",)),
+    Reason.NO_MATCHING_DEVICE: make.need(1, device_model="mi300x"),
+    Reason.NO_MATCHING_LABELS: make.need(1, labels=(("zone", "b"),)),
+    Reason.EXCEEDS_HOST: make.need(1, cpu_milli=9000),
+    Reason.INSUFFICIENT_SHARE: make.need(1, share_milli=600),
+    Reason.DEVICE_IN_USE: make.need(1, exclusive=True),
+    Reason.INSUFFICIENT_CPU: make.need(1, cpu_milli=5000),
+    Reason.INSUFFICIENT_HOST_MEMORY: make.need(1, host_memory_bytes=10 * GIB),
+}
+
+
+@pytest.mark.parametrize(("reason", "need"), SELECTORS.items())
+def test_a_verdict_names_what_else_does_not_match_or_is_used_up(reason, need):
+    ledger = Index()
+    ledger.add_node("a", "i1", make.devices(24), 0, cpu_milli=8000, host_memory_bytes=16 * GIB, labels=(("zone", "a"),))
+    used = make.need(1, share_milli=500, cpu_milli=4000, host_memory_bytes=8 * GIB)
+    ledger.lease("s", grant_of(used, "a", ("d0",)))
+    assert place(need, ledger) == Unplaced((Verdict("a", reason),))
 
 
 def test_every_reason_has_a_test():
-    told = {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY, Reason.UNHEALTHY_DEVICE, Reason.CORDONED, Reason.NO_WORKER}
-    told.add(Reason.TOO_MANY_SLOTS)
-    assert told | {Reason.NODE_LOST, Reason.EXCEEDS_LARGEST_DEVICE, Reason.TOO_FEW_DEVICES} == set(Reason)
+    told = {Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY, Reason.RESERVED_FOR_LARGER, Reason.UNHEALTHY_DEVICE}
+    told |= {Reason.CORDONED, Reason.NO_WORKER, Reason.TOO_MANY_SLOTS, Reason.NODE_LOST}
+    assert told | {Reason.EXCEEDS_LARGEST_DEVICE, Reason.TOO_FEW_DEVICES} | SELECTORS.keys() == set(Reason)
 
 
 def test_the_nearest_miss_counts_the_last_device_that_is_needed():
     ledger = make.index({"a": [24, 24, 24]})
     for uuid, gib in (("d0", 4), ("d1", 10), ("d2", 14)):
         ledger.lease(uuid, make.grant("a", uuid, gib))
-    answer = place(make.shape(16, gpus=2), ledger)
+    answer = place(make.need(16, gpus=2), ledger)
     assert answer == Unplaced((Verdict("a", Reason.INSUFFICIENT_MEMORY, 2 * GIB),))
 
 
 def test_a_device_too_small_when_empty_says_so_even_on_a_cordoned_node():
     ledger = make.index({"a": [8]})
     ledger.nodes["a"].cordoned = True
-    assert chosen(place(make.shape(16), ledger)) == {"a": Reason.EXCEEDS_LARGEST_DEVICE}
+    assert chosen(place(make.need(16), ledger)) == {"a": Reason.EXCEEDS_LARGEST_DEVICE}
 
 
 def test_reserve_is_promised_to_nobody():
     ledger = make.index({"a": [24]}, reserve_gib=1)
-    assert chosen(place(make.shape(23), ledger)) == ("a", "d0")
-    assert place(make.shape(23.5), ledger) == Unplaced((Verdict("a", Reason.EXCEEDS_LARGEST_DEVICE, GIB // 2),))
+    assert chosen(place(make.need(23), ledger)) == ("a", "d0")
+    assert place(make.need(23.5), ledger) == Unplaced((Verdict("a", Reason.EXCEEDS_LARGEST_DEVICE, GIB // 2),))
 
 
 def test_an_unhealthy_device_leaves_the_others_usable():
     ledger = make.index({"a": [24, 24]})
     ledger.observe("a", make.use("d0", healthy=False), 0.0)
-    assert chosen(place(make.shape(16), ledger)) == ("a", "d1")
+    assert chosen(place(make.need(16), ledger)) == ("a", "d1")
 
 
 def test_room_is_kept_for_one_slot_and_free_for_it_alone():
@@ -139,9 +167,9 @@ def test_room_is_kept_for_one_slot_and_free_for_it_alone():
     ledger.lease("s", make.grant("a", "d0", 20))
     ledger.keep("waits", make.grant("a", "d0", 24))
     ledger.free("s")
-    assert find(make.shape(1), ledger) is None
+    assert find(make.need(1), ledger) is None
     assert ledger.unkeep("waits") == make.grant("a", "d0", 24)
-    assert find(make.shape(24), ledger) == make.grant("a", "d0", 24)
+    assert find(make.need(24), ledger) == make.grant("a", "d0", 24)
 
 
 # --- the ledger: leases, incarnations, readings ---------------------------------------------------------------------
@@ -179,9 +207,9 @@ def test_a_device_that_was_unhealthy_is_so_after_a_registration_until_it_is_read
     ledger = make.index({"a": [24]})
     ledger.observe("a", make.use("d0", healthy=False), 0.0)
     ledger.add_node("a", "i1", make.devices(24), 0)
-    assert chosen(place(make.shape(1), ledger)) == {"a": Reason.UNHEALTHY_DEVICE}
+    assert chosen(place(make.need(1), ledger)) == {"a": Reason.UNHEALTHY_DEVICE}
     ledger.observe("a", make.use("d0"), 1.0)
-    assert chosen(place(make.shape(1), ledger)) == ("a", "d0")
+    assert chosen(place(make.need(1), ledger)) == ("a", "d0")
 
 
 @pytest.mark.parametrize(
@@ -241,14 +269,14 @@ def test_the_store_gives_the_same_ledger():
     ledger = index_of(msgspec.structs.replace(state, nodes=rows))
     assert ledger.grants == {"s": make.grant("a", "d0", 8)}
     assert ledger.nodes["a"].pools["d0"].free_bytes == 15 * GIB
-    assert chosen(place(make.shape(16), ledger)) == {"a": Reason.FOREIGN_MEMORY, "b": Reason.NODE_LOST}
+    assert chosen(place(make.need(16), ledger)) == {"a": Reason.FOREIGN_MEMORY, "b": Reason.NODE_LOST}
 
 
 # --- properties -----------------------------------------------------------------------------------------------------
 
 sizes = st.integers(1, 12)
 fleets = st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(4, 24), max_size=3), max_size=3)
-wants = st.builds(make.shape, sizes, st.integers(1, 3))
+wants = st.builds(make.need, sizes, st.integers(1, 3))
 nodes_ = st.sampled_from("abc")
 uuids = st.sampled_from(["d0", "d1", "d2"])
 slots = st.sampled_from(["s0", "s1", "s2", "s3", "s4"])
@@ -305,7 +333,7 @@ def rebuilt(ledger):
         for uuid, pool in view.pools.items():
             used = {slot: size / GIB for slot, size in pool.used.items()}
             fresh.observe(name, make.use(uuid, foreign=pool.foreign_bytes / GIB, **used), 0.0)
-            fresh.nodes[name].pools[uuid].healthy = pool.healthy
+            fresh.observe(name, make.use(uuid, healthy=pool.healthy, foreign=pool.foreign_bytes / GIB, **used), 0.0)
     return fresh
 
 
@@ -415,20 +443,20 @@ def full(layout):
     ],
 )
 def test_victims(layout, costs, need, gpus, expected):
-    assert victims(make.shape(need, gpus), full(layout), costs) == expected
+    assert victims(make.need(need, gpus), full(layout), costs) == expected
 
 
 @pytest.mark.parametrize("mark", ["cordoned", "lost"])
 def test_no_victims_where_nothing_may_be_placed(mark):
     ledger = full({"a": {"d0": {"p": 24}}})
     setattr(ledger.nodes["a"], mark, True)
-    assert victims(make.shape(20), ledger, {"p": 1}) == ()
+    assert victims(make.need(20), ledger, {"p": 1}) == ()
 
 
 def test_a_slot_on_two_devices_is_ended_once():
     ledger = make.index({"a": [24, 24]})
     ledger.lease("wide", make.grant("a", "d0 d1", 24))
-    assert victims(make.shape(20, gpus=2), ledger, {"wide": 1.0}) == ("wide",)
+    assert victims(make.need(20, gpus=2), ledger, {"wide": 1.0}) == ("wide",)
 
 
 @given(
@@ -445,7 +473,7 @@ def test_ending_the_victims_makes_room_on_one_node_and_ending_less_does_not(layo
             ledger.lease(f"s{number}", make.grant(node, uuid, gib))
             if cost is not None:
                 costs[f"s{number}"] = float(cost)
-    shape = make.shape(need, gpus)
+    shape = make.need(need, gpus)
     answer = victims(shape, ledger, costs)
     if answer:
         assert set(answer) <= costs.keys()
@@ -474,21 +502,21 @@ def test_no_busy_slot_ends_where_idle_ones_would_do(layout, need):
         ledger.lease(f"s{number}", make.grant("a", "d0", gib))
         costs[f"s{number}"] = cost
     idle_bytes = sum(ledger.grants[slot].memory_bytes for slot, cost in costs.items() if cost == IDLE)
-    answer = victims(make.shape(need), ledger, costs)
+    answer = victims(make.need(need), ledger, costs)
     assert bool(answer) == (need <= sum(gib for gib, _ in layout))
     if idle_bytes >= need * GIB:
         assert all(costs[slot] == IDLE for slot in answer)
 
 
 def test_a_grant_names_devices_in_order_of_free_memory():
-    assert find(make.shape(8, 2), make.index({"a": [24, 16]})) == Grant("a", ("d1", "d0"), 8 * GIB)
+    assert find(make.need(8, 2), make.index({"a": [24, 16]})) == Grant("a", ("d1", "d0"), 8 * GIB)
 
 
 def test_a_node_with_all_its_slots_gives_up_the_cheapest():
     ledger = make.index({"a": [24]})
     full_of_slots(ledger)
-    assert victims(make.shape(1), ledger, {"s0": 2.0, "s1": 1.0}) == ("s1",)
-    assert victims(make.shape(1), ledger, {}) == ()
+    assert victims(make.need(1), ledger, {"s0": 2.0, "s1": 1.0}) == ("s1",)
+    assert victims(make.need(1), ledger, {}) == ()
     ledger.free("s1")
-    assert isinstance(place(make.shape(1), ledger), Placed)
-    assert victims(make.shape(1), ledger, {"s0": 2.0}) == ()
+    assert isinstance(place(make.need(1), ledger), Placed)
+    assert victims(make.need(1), ledger, {"s0": 2.0}) == ()
