@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 from urllib.parse import quote
 
 import httpx
@@ -21,7 +21,9 @@ from manager.core import answers
 from manager.core import requests as rest
 from manager.core.errors import BadRequest, RocyardError
 from manager.core.explain import Explanation
+from manager.core.foresee import PlanView
 from manager.core.lifecycle import FINAL, TaskStatus
+from manager.core.snapshot import Snapshot
 from manager.settings import Secret
 
 WAIT_STEP_S: Final = 20.0
@@ -76,30 +78,32 @@ def task_request(
     function: str,
     args: Mapping[str, Any] | None = None,
     *,
-    memory: int | str | None = None,
-    gpus: int | None = None,
-    priority: int = 0,
+    priority: int | str = 0,
     max_attempts: int = 1,
     time_limit: float | str | None = None,
+    allow_infeasible: bool = False,
+    **needs: Unpack[rest.Needs],
 ) -> rest.TaskRequest:
     """One task to submit.
 
     Args:
         function: a registered name.
         args: its keyword arguments; anything that JSON can say.
-        memory: on each device, bytes or a text such as "24GiB"; None takes the function's default.
-        gpus: devices on one node; None takes the function's default.
-        priority: -10 to 10, higher first.
+        priority: -10 to 10, higher first, or "low", "normal", "high" or "urgent".
         max_attempts: how often the function may run if it fails.
         time_limit: of one attempt, seconds or a text such as "5m"; None takes the function's default.
+        allow_infeasible: accept it although nothing that is known could ever hold it; it waits.
+        needs: `memory` and `share` of each device, `gpus`, `architecture`, `device_model`, `labels`, `cpus`, `host_memory`,
+            `exclusive` and `model`, as in `ResourceRequest`; what is left out is the function's.
     """
     return rest.TaskRequest(
         function=function,
         args=msgspec.Raw(msgspec.json.encode(args or {})),
-        resources=rest.ResourceRequest(memory=memory, gpus=gpus),
+        resources=rest.ResourceRequest(**needs),
         priority=priority,
         max_attempts=max_attempts,
         time_limit=time_limit,
+        allow_infeasible=allow_infeasible,
     )
 
 
@@ -137,11 +141,11 @@ class Client:
         function: str,
         args: Mapping[str, Any] | None = None,
         *,
-        memory: int | str | None = None,
-        gpus: int | None = None,
-        priority: int = 0,
+        priority: int | str = 0,
         max_attempts: int = 1,
         time_limit: float | str | None = None,
+        allow_infeasible: bool = False,
+        **needs: Unpack[rest.Needs],
     ) -> Task:
         """Submit one task; on return it is on disk. Arguments as for `task_request`.
 
@@ -152,11 +156,11 @@ class Client:
         request = task_request(
             function,
             args,
-            memory=memory,
-            gpus=gpus,
             priority=priority,
             max_attempts=max_attempts,
             time_limit=time_limit,
+            allow_infeasible=allow_infeasible,
+            **needs,
         )
         return Task(self, self._wire.post("/v1/tasks", msgspec.json.encode(request), answers.Accepted).task_id)
 
@@ -253,6 +257,26 @@ class Client:
             query["cursor"] = page.next_cursor
             left = None if left is None else left - len(page.tasks)
 
+    def plan(
+        self, requests: rest.TaskRequest | Iterable[rest.TaskRequest], *, count: int = 1, tenant: str | None = None
+    ) -> PlanView:
+        """What would happen to tasks that are not submitted: whether they fit, where, when, and what that would change.
+
+        Args:
+            requests: one, as `task_request` makes it, or several.
+            count: so many of the one.
+            tenant: whose they would be, where they are another one's; for admins.
+        """
+        if isinstance(requests, rest.TaskRequest):
+            body = msgspec.json.encode({**msgspec.structs.asdict(requests), "count": count})
+        else:
+            body = msgspec.json.encode(rest.BatchRequest(tuple(requests)))
+        return self._wire.post("/v1/plan", body, PlanView, _of(tenant))
+
+    def snapshot(self) -> Snapshot:
+        """All that decides about placement at this moment; for admins. `rocyard replay` reads it as JSON."""
+        return self._wire.get("/v1/snapshot", Snapshot)
+
     # --- the cluster --------------------------------------------------------------------------------------------
 
     def functions(self) -> tuple[answers.FunctionView, ...]:
@@ -328,9 +352,8 @@ class Client:
         *,
         slots: int = 1,
         for_: float | str,
-        memory: int | str | None = None,
-        gpus: int | None = None,
         tenant: str | None = None,
+        **needs: Unpack[rest.Needs],
     ) -> answers.WarmView:
         """Keep slots open although nothing waits for them, so that the next tasks find them started and loaded.
 
@@ -338,10 +361,10 @@ class Client:
             function: for whose tasks.
             slots: how many; 0: no more than work asks for.
             for_: for how long, seconds or a text such as "10m".
-            memory, gpus: of each slot; None takes the function's.
             tenant: whose, where they are another one's; for admins.
+            needs: `memory`, `gpus` and so on of each slot, as for `task_request`; what is left out is the function's.
         """
-        resources = rest.ResourceRequest(memory, gpus)
+        resources = rest.ResourceRequest(**needs)
         request = rest.WarmRequest(for_=for_, function=function, resources=resources, slots=slots)
         return self._wire.post("/v1/slots/warm", msgspec.json.encode(request), answers.WarmView, _of(tenant))
 
@@ -350,13 +373,18 @@ class Client:
         function: str | None = None,
         *,
         all: bool = False,  # noqa: A002 -- as the API calls it
-        memory: int | str | None = None,
-        gpus: int | None = None,
         tenant: str | None = None,
+        **needs: Unpack[rest.Needs],
     ) -> answers.Unloaded:
         """Close idle slots now: those for a function, those of a size, or all of the tenant."""
-        request = rest.UnloadRequest(function, rest.ResourceRequest(memory, gpus), all)
+        request = rest.UnloadRequest(function, rest.ResourceRequest(**needs), all)
         return self._wire.post("/v1/slots/unload", msgspec.json.encode(request), answers.Unloaded, _of(tenant))
+
+    # --- tenants ------------------------------------------------------------------------------------------------
+
+    def tenants(self) -> tuple[answers.TenantView, ...]:
+        """What each tenant has at work, and what it may have. For admins."""
+        return self._wire.get("/v1/tenants", answers.TenantList).tenants
 
     # --- keys ---------------------------------------------------------------------------------------------------
 

@@ -20,16 +20,16 @@ from manager.core.ids import new_id
 from manager.core.index import index_of
 from manager.core.leadership import BeatWatch
 from manager.core.lifecycle import SlotFlag, SlotStatus
-from manager.core.model import ClusterState
-from manager.core.needs import Limits
+from manager.core.model import ClusterState, QueueRow
 from manager.core.news import news_of
 from manager.core.planner import Plan, plan
 from manager.core.reconcile import drains, repairs
-from manager.core.shapes import Shape
 from manager.dask_side import DaskSide, DaskUnavailable, RunSlot, SlotOnDask
+from manager.foresight import limits_of
 from manager.group_needs import GroupNeeds
 from manager.leader import Leadership
 from manager.leader_metrics import LeaderMetrics
+from manager.leader_shares import LeaderShares
 from manager.log import configure_logging, get_logger
 from manager.metrics import LOOP_ERRORS, QUEUE_TASKS, ROUND_DURATION, ROUNDS, SLOTS, serve_metrics
 from manager.settings import Settings
@@ -58,17 +58,13 @@ class Controller:
         self.dask = dask_side
         holder = f"{socket.gethostname()}/{os.getpid()}/{new_id()}"
         self.leadership = Leadership(store, holder, settings.controller.term_s)
-        slots = settings.slots
-        self.limits = Limits(
-            *(slots.drain_target_s, slots.idle_s, slots.residence_s),
-            *(slots.slots_per_shape_max, slots.idle_per_node_max),
-        )
+        self.limits = limits_of(settings)
         self.service = b""
         self._announced = False
         self._needs = GroupNeeds(settings)
         self._metrics = LeaderMetrics(settings.node.beat_s * settings.node.lease_beats)
         self._watch = BeatWatch()
-        self._vtimes: dict[str, float] = {}
+        self._shares = LeaderShares(settings, store)
         self._looked_s: float | None = None
         self._swept_s = 0.0
         self._told_workers: dict[str, str] | None = None
@@ -120,6 +116,7 @@ class Controller:
             if not await self.leadership.step():
                 self._looked_s = None
                 self._announced = False
+                self._shares.forget()
                 self._needs.hide()
                 self._metrics.hide()
                 return min(1.0, self.settings.controller.period_s)
@@ -141,8 +138,7 @@ class Controller:
             # Who leads, and no other, says where the controller's metrics are: the autoscaler decides from them.
             await self.store.put_service("controller", self.service)
             self._announced = True
-        state = await self.store.look(leader=True)
-        self._account(state)
+        state = self._account(await self.store.look(leader=True))
         for status, count in (await self.store.counts()).items():
             QUEUE_TASKS.labels(status=status).set(count)
         await self._fence_silent_nodes(state)
@@ -152,6 +148,10 @@ class Controller:
         await self._sweep(state)
         again_s = self.settings.controller.period_s if following is None else max(ROUND_PAUSE_S, following)
         again_s = min(again_s, await self._drain(state))
+        # Before anything is opened: no slot of a tenant may claim before its quota is known.
+        await self._shares.tell(self.leadership.token, state)
+        if risen := await self._shares.age(self.leadership.token, state):
+            log.info("tasks_aged", tasks=risen)
         try:
             # Before anything is placed: a scheduler that has just started knows of no cordon.
             await self.dask.tell(news_of(state))
@@ -170,23 +170,19 @@ class Controller:
 
     # --- steps --------------------------------------------------------------------------------------------------
 
-    def _account(self, state: ClusterState) -> None:
-        """Device-seconds per shape, and what the metrics say. A shape that is new starts level with the others."""
+    def _account(self, state: ClusterState) -> ClusterState:
+        """The look with what tenants and shapes have had until now, and what the metrics say."""
         now_s = time.monotonic()
         elapsed_s = 0.0 if self._looked_s is None else now_s - self._looked_s
         if elapsed_s > self.settings.controller.period_s + STAND_STILL_S:
             self._watch.forgive(elapsed_s)
         self._looked_s = now_s
-        shapes = {queue.shape_id: queue.shape for queue in state.queues}
-        floor = min((self._vtimes[shape] for shape in shapes if shape in self._vtimes), default=0.0)
-        self._vtimes = {shape: max(floor, self._vtimes.get(shape, floor)) for shape in shapes}
         by_status: dict[SlotStatus, int] = dict.fromkeys(SlotStatus, 0)
         for slot in state.slots:
             by_status[slot.status] += 1
-            if slot.status is SlotStatus.OPEN and slot.shape_id in self._vtimes:
-                self._vtimes[slot.shape_id] += elapsed_s * shapes[slot.shape_id].gpus
         SLOTS.labels(status="requested").set(by_status[SlotStatus.REQUESTED])
         SLOTS.labels(status="open").set(by_status[SlotStatus.OPEN])
+        return self._shares.account(state, elapsed_s)
 
     async def _fence_silent_nodes(self, state: ClusterState) -> None:
         lease_s = self.settings.node.beat_s * self.settings.node.lease_beats
@@ -219,7 +215,7 @@ class Controller:
         """Bring Dask in line with the store; the slots that were taken back."""
         known = {slot_id: (slot.state, slot.node) for slot_id, slot in on_dask.items()}
         todo = repairs(state, known, self.settings.slots.open_deadline_s)
-        shapes = {queue.shape_id: queue.shape for queue in state.queues}
+        queues = {queue.shape_id: queue for queue in state.queues}
         dropped = await self._drop(list(todo.drop), "NotOpened")
         if todo.forget:
             await self.dask.dropped(list(todo.forget))
@@ -227,8 +223,8 @@ class Controller:
             # After the tombstones: what was placed there and never opened is refused when the node wakes up.
             await self.dask.lost(node, incarnation)
         for item in todo.resubmit:
-            if (shape := shapes.get(item.slot.shape_id)) is not None:
-                await self.dask.submit(item.slot.slot_id, shape, item.node)
+            if (queue := queues.get(item.slot.shape_id)) is not None:
+                await self.dask.submit(item.slot.slot_id, queue.shape, item.node, queue.resources)
                 log.info("slot_resubmitted", slot=item.slot.slot_id, node=item.node)
         return dropped
 
@@ -260,31 +256,33 @@ class Controller:
             state = msgspec.structs.replace(state, slots=tuple(s for s in state.slots if s.slot_id not in dropped))
         held = frozenset(s.slot_id for s in state.slots if (d := on_dask.get(s.slot_id)) and d.state == "held")
         index = index_of(state)
-        answer = plan(state, index, held, self._vtimes, self.limits)
-        shapes = {queue.shape_id: queue.shape for queue in state.queues}
+        answer = plan(state, index, held, self.limits)
+        queues = {queue.shape_id: queue for queue in state.queues}
         for item in answer.open:
             for _ in range(item.count):
-                await self._open(item.shape_id, shapes[item.shape_id], item.served_max)
+                await self._open(queues[item.shape_id], item.served_max)
         ending = frozenset(close.slot_id for close in answer.close)
         closes = [*answer.close, *closes_for_direct(state, index, self.dask.direct, ending)]
         for close in closes:
-            log.info("slot_closing", slot=close.slot_id, reason=close.reason)
+            log.info("slot_closing", slot=close.slot_id, reason=close.reason, flag=close.flag.value)
         if answer.keep or self._kept:
             self._kept = bool(answer.keep)
             await self.dask.keep(dict(answer.keep))  # before the victims go: nobody else may take their room
-        if closes:
-            await self.store.flag(self.leadership.token, SlotFlag.CLOSE, [close.slot_id for close in closes])
+        for flag in (SlotFlag.CLOSE, SlotFlag.PREEMPT):
+            if slots := [close.slot_id for close in closes if close.flag is flag]:
+                await self.store.flag(self.leadership.token, flag, slots)
         await self._drop(list(answer.drop), "NotNeeded")
         await self.store.planned(self.leadership.token, answer.held, answer.wake_at)
         return answer
 
-    async def _open(self, shape_id: str, shape: Shape, served_max: int) -> None:
+    async def _open(self, queue: QueueRow, served_max: int) -> None:
         slot_id = new_id()
         if not self.leadership.leads:
             return
-        if await self.store.request_slot(self.leadership.token, slot_id, shape_id, served_max):
-            log.info("slot_requested", slot=slot_id, shape=shape_id, memory_bytes=shape.memory_bytes, gpus=shape.gpus)
-            await self.dask.submit(slot_id, shape, "")
+        needs = queue.resources
+        if await self.store.request_slot(self.leadership.token, slot_id, queue.shape_id, served_max):
+            log.info("slot_requested", slot=slot_id, shape=queue.shape_id, memory_bytes=needs.memory_bytes, gpus=needs.gpus)
+            await self.dask.submit(slot_id, queue.shape, "", needs)
 
     async def _sweep(self, state: ClusterState) -> None:
         now_s = time.monotonic()

@@ -18,7 +18,7 @@ from manager.core.addresses import in_url
 from manager.core.keys import SLOT_TASK_PREFIX
 from manager.core.news import News, encode_news
 from manager.core.packing import DirectDemand
-from manager.core.shapes import Grant, Shape, encode_shape
+from manager.core.shapes import Grant, Resources, Shape, encode_shape
 from manager.log import get_logger
 from manager.tls import TlsFiles, dask_security
 
@@ -99,13 +99,23 @@ class DaskSide:
             DaskUnavailable: no answer.
         """
         answer = await self._call("rocyard_slots")
-        self.direct = tuple(DirectDemand(row["memory_bytes"], row["gpus"], row["count"]) for row in answer["direct"])
+        rows = [(msgspec.convert(row["resources"], Resources), row["count"]) for row in answer["direct"]]
+        self.direct = tuple(DirectDemand(needs.memory_bytes, needs.gpus, count, needs) for needs, count in rows)
         return {slot: SlotOnDask(*known) for slot, known in answer["slots"].items()}, dict(answer["nodes"])
 
-    async def submit(self, slot_id: str, shape: Shape, node: str) -> None:
-        """Submit a slot's task; `node` is the only one that it may go to, where it has lived before."""
+    async def submit(self, slot_id: str, shape: Shape, node: str, resources: Resources | None = None) -> None:
+        """Submit a slot's task.
+
+        Args:
+            slot_id: the slot.
+            shape: what it is leased to.
+            node: the only one that it may go to, where it has lived before; empty: any.
+            resources: what it needs, where that is not what its shape says: more memory, if it has used more.
+        """
         client = await self._connected()
-        wanted = {"slot": slot_id, "shape": encode_shape(shape).decode(), "node": node}
+        wanted: dict[str, Any] = {"slot": slot_id, "shape": encode_shape(shape).decode(), "node": node}
+        if resources is not None and resources != shape.resources:
+            wanted["resources"] = msgspec.to_builtins(resources)
         with annotate(gpu=wanted):
             future = client.submit(self.run_slot, slot_id, key=SLOT_TASK_PREFIX + slot_id, pure=False)
         fire_and_forget(future)
@@ -117,8 +127,7 @@ class DaskSide:
 
     async def keep(self, room: Mapping[str, Grant]) -> None:
         """Room that victims give back is kept for these held slots, and for none that is not among them."""
-        slots = {slot_id: [grant.node, list(grant.devices), grant.memory_bytes] for slot_id, grant in room.items()}
-        await self._call("rocyard_keep", slots=slots)
+        await self._call("rocyard_keep", slots=msgspec.to_builtins(dict(room)))
 
     async def tell(self, news: News) -> None:
         """What the plugin cannot know; it replaces what it was told before."""

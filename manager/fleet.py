@@ -179,6 +179,7 @@ class Fleet:
             self.settings.node,
             name=name,
             group=group_name,
+            labels=group.labels,
             devices="simulated",
             simulate=f"{number + 1}x{group.devices}",
             simulated_node=number,
@@ -282,7 +283,8 @@ def with_simulated_group(settings: Settings) -> Settings:
     if settings.groups or settings.node.group:
         return settings
     count, _, devices = settings.node.simulate.lower().replace(" ", "").split(",")[0].partition("x")
-    group = GroupSettings(devices=devices, workers_min=int(count), workers_max=min(2 * int(count), NODES_MAX))
+    most = min(2 * int(count), NODES_MAX)
+    group = GroupSettings(devices=devices, workers_min=int(count), workers_max=most, labels=settings.node.labels)
     return msgspec.structs.replace(settings, groups={SIMULATED_GROUP: group})
 
 

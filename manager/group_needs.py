@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from manager.core.model import ClusterState
-from manager.core.packing import DirectDemand, PackGroup, Packing, node_kind, pack
+from manager.core.node_kinds import node_kind
+from manager.core.packing import DirectDemand, PackGroup, Packing, pack
+from manager.core.selectors import labels_of
 from manager.metrics import GROUP_NEED, GROUP_NEED_ROUND, GROUP_NODES, INFEASIBLE_TASKS
 from manager.settings import Settings
 
@@ -18,7 +20,13 @@ def pack_groups(settings: Settings) -> tuple[PackGroup, ...]:
     """The groups of the settings, which were checked when they were read."""
     node = settings.node
     return tuple(
-        PackGroup(name, node_kind(group.devices, node.reserve_bytes, node.memory_ratio_max, node.slots_max), group.workers_max)
+        PackGroup(
+            name,
+            node_kind(
+                group.devices, node.reserve_bytes, node.memory_ratio_max, node.slots_max, labels_of(group.labels.items())
+            ),
+            group.workers_max,
+        )
         for name, group in sorted(settings.groups.items())
     )
 

@@ -5,6 +5,7 @@ nothing about what is worth logging. Secrets are hidden by the name of their key
 variables never reach a log.
 """
 
+import functools
 import json
 import logging
 import math
@@ -43,6 +44,8 @@ _SECRET_TEXT: Final = (
         rf"\1{HIDDEN}",
     ),
 )
+# What none of these can match, unless it has a key of ours in it: most values are words, ids and names.
+_WORD: Final = re.compile(r"[\w./+-]*")
 # Everything that could end a line, move a cursor or turn text around. Tab stays.
 _CONTROL: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _CONTROL_BUT_NEWLINE: Final = re.compile(_CONTROL.pattern.replace("\x0a-\x1f", "\x0b-\x1f"))
@@ -77,7 +80,7 @@ def configure_logging(component: str, settings: LogSettings) -> None:
         hide_secrets,
         structlog.processors.StackInfoRenderer(),
         structlog.processors.format_exc_info,
-        hide_secrets,  # again: the text of an exception may hold what a key's name would have hidden
+        _hide_in_stack,
     ]
     last: list[Processor] = [_escape, _console()] if settings.format == "console" else [render_json]
     structlog.configure(
@@ -116,6 +119,11 @@ def hide_secrets(_logger: Any, _method: str, event: EventDict) -> EventDict:
     return {str(key): value if key == "exc_info" or _is_meta(key) else _hide(key, value) for key, value in event.items()}
 
 
+def _hide_in_stack(logger: Any, method: str, event: EventDict) -> EventDict:
+    """Again: the text of an exception may hold what a key's name would have hidden."""
+    return hide_secrets(logger, method, event) if "exception" in event or "stack" in event else event
+
+
 def render_json(_logger: Any, _method: str, event: EventDict) -> str:
     """`event` as one line of ASCII: whatever a value holds, it cannot start a line or colour a terminal."""
     return json.dumps(event, ensure_ascii=True, default=repr).replace("\x7f", "\\u007f")
@@ -123,6 +131,8 @@ def render_json(_logger: Any, _method: str, event: EventDict) -> str:
 
 def hide_in_text(text: str) -> str:
     """`text` without passwords of URLs, keys of ours, and ``name=value`` of secrets; cut if long."""
+    if len(text) <= TEXT_CHARS_MAX and "ry_" not in text and _WORD.fullmatch(text):
+        return text
     # Far more than is kept is searched, so that the final cut cannot part a secret from what gives it away.
     text = _cut(text, 16 * TEXT_CHARS_MAX)
     for pattern, replacement in _SECRET_TEXT:
@@ -135,7 +145,7 @@ def _hide(key: Any, value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     is_number = isinstance(value, int | float)
-    if isinstance(key, str) and _SECRET_KEY.search(key) and not (is_number and _COUNT_KEY.search(key)):
+    if isinstance(key, str) and _is_secret(key) and not (is_number and _COUNT_KEY.search(key)):
         return HIDDEN
     match value:
         case int():
@@ -155,6 +165,11 @@ def _hide(key: Any, value: Any, depth: int = 0) -> Any:
             return [_hide(None, below, depth + 1) for below in list(value)[:ITEMS_MAX]]
         case _:
             return hide_in_text(_repr(value))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_secret(key: str) -> bool:
+    return _SECRET_KEY.search(key) is not None
 
 
 def _cut(text: str, chars_max: int) -> str:

@@ -1,7 +1,8 @@
 """Every metric of the product, declared once: name, help, labels, base unit. docs/metrics.md lists them.
 
 Owns names and what a label may hold. Processes import what they use; the module reads nothing and decides nothing.
-Labels hold no ids of tasks, slots, tenants or addresses: what people may choose without end does not belong in a label.
+Labels hold no ids of tasks, slots or addresses: what people may choose without end does not belong in a label. Of tenants, whom
+admins choose, a bounded number has a label of its own.
 The registry is prometheus-client's default one, so that Dask's own ``/metrics`` shows ours too.
 """
 
@@ -35,9 +36,17 @@ TASK_DURATION = Histogram("task_duration_seconds", "Run time of tasks, from star
 TASK_RETRIES = Counter("rocyard_task_retries_total", "Tasks that are run again, by reason.", ("reason",))
 QUEUE_TASKS = Gauge("rocyard_queue_tasks", "Tasks by status; final ones as long as they are kept.", ("status",))
 QUEUE_OLDEST_WAIT = Gauge("rocyard_queue_oldest_wait_seconds", "How long the longest waiting task has been queued.")
+TENANT_TASKS = Gauge(
+    "rocyard_tenant_tasks",
+    "Tasks of a tenant; the hundred busiest have a label each, the others one that is empty.",
+    ("tenant", "state"),
+)
+TENANT_GPUS = Gauge("rocyard_tenant_gpus", "Devices of a tenant's slots at work, each slot's counted for itself.", ("tenant",))
+TENANT_MEMORY = Gauge("rocyard_tenant_memory_bytes", "Device memory that a tenant's slots at work lease.", ("tenant",))
 
 # Slots, executors and what the controller and the scheduler plugin do about them.
 SLOTS = Gauge("rocyard_slots", "Slots by status.", ("status",))
+RESERVATIONS = Gauge("rocyard_reservations", "Dask tasks that others have passed for long, with room kept for them.")
 PLACEMENTS = Counter("rocyard_placements_total", "Answers of the placement policy.", ("result",))
 EXECUTOR_RESTARTS = Counter("rocyard_executor_restarts_total", "Executors started anew in their slot.", ("reason",))
 LEADER = Gauge("rocyard_leader", "1 in the controller that leads, else 0.")

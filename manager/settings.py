@@ -84,6 +84,7 @@ class NodeSettings(_Section, frozen=True):
 
     name: str = ""
     group: str = ""
+    labels: dict[str, str] = {}
     host: str = ""
     devices: Literal["auto", "amd", "nvidia", "simulated"] = "auto"
     simulate: str = "2x2:mi300x"
@@ -113,8 +114,15 @@ class SlotSettings(_Section, frozen=True):
     executor_crashes_max: Count = 5
 
 
+class PlacementSettings(_Section, frozen=True):
+    """How a place is chosen of all that fit: a policy by name (`manager.policies`); and who has room kept for it."""
+
+    policy: str = "fragmentation"
+    reserve_after_s: Seconds = 5.0
+
+
 class TaskSettings(_Section, frozen=True):
-    """Limits of one task, and how long its record is kept."""
+    """Limits of one task, how it gets its turn, and how long its record is kept."""
 
     time_limit_s: Seconds = 3600.0
     time_limit_s_max: Seconds = 604_800.0
@@ -123,19 +131,25 @@ class TaskSettings(_Section, frozen=True):
     log_bytes_max: Bytes = 64 * KIB
     retention_s: Seconds = 86_400.0
     retained_max: Count = 200_000
+    ageing_s: Annotated[float, msgspec.Meta(ge=0, le=31_622_400)] = 600.0
+    preempt_s: Annotated[float, msgspec.Meta(ge=0, le=31_622_400)] = 30.0
 
 
 class TenantSettings(_Section, frozen=True):
-    """What one tenant may have at once."""
+    """What one tenant may have at once, and its part where room is short. A limit of 0 is none."""
 
     active_tasks_max: Count = 100_000
+    running_tasks_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
+    gpus_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
+    memory_bytes_max: Bytes = 0
+    weight: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0
 
 
 class GroupSettings(_Section, frozen=True, kw_only=True):
     """A kind of node that the autoscaler can add and remove.
 
     `devices` is what one of its nodes has, as ``COUNT:MODEL``; `workload` names what a provider scales, where it scales
-    something: ``statefulset/NAME`` with Kubernetes.
+    something: ``statefulset/NAME`` with Kubernetes. `labels` are those of its nodes.
     """
 
     provider: Literal["local", "kubernetes"] = "local"
@@ -144,6 +158,7 @@ class GroupSettings(_Section, frozen=True, kw_only=True):
     workers_max: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 10
     namespace: str = "default"
     workload: str = ""
+    labels: dict[str, str] = {}
 
 
 class AutoscalerSettings(_Section, frozen=True):
@@ -178,12 +193,21 @@ class FunctionSettings(_Section, frozen=True):
     """One registered function.
 
     `target` is ``module:callable``; `python` the interpreter of its executor (empty: the agent's own), which needs only
-    msgspec; `path` is put on its import path.
+    msgspec; `path` is put on its import path. `memory` to `model` are what a task of it asks for, written as in a request;
+    `architecture` has commas between names.
     """
 
     target: str
     memory: str = "1GiB"
     gpus: Count = 1
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    architecture: str = ""
+    device_model: str = ""
+    labels: dict[str, str] = {}
+    cpus: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    host_memory: str = ""
+    exclusive: bool = False
+    model: str = ""
     time_limit_s: Seconds | None = None
     python: str = ""
     path: str = ""
@@ -201,6 +225,7 @@ class Settings(_Section, frozen=True):
     controller: ControllerSettings = ControllerSettings()
     node: NodeSettings = NodeSettings()
     slots: SlotSettings = SlotSettings()
+    placement: PlacementSettings = PlacementSettings()
     tasks: TaskSettings = TaskSettings()
     tenant: TenantSettings = TenantSettings()
     tenants: dict[str, TenantSettings] = {}

@@ -17,10 +17,14 @@ import msgspec
 from msgspec import inspect
 
 from manager.core.errors import SettingsError
-from manager.core.packing import node_kind
+from manager.core.node_kinds import node_kind
 from manager.core.quantities import format_memory, parse_duration, parse_memory
+from manager.core.requests import ResourceRequest
+from manager.core.selectors import labels_of
+from manager.core.shapes import Resources
+from manager.core.wanted import WrongField, resources_of
 from manager.old_names import note_on, read_old_names
-from manager.settings import Secret, Settings
+from manager.settings import FunctionSettings, Secret, Settings
 from manager.settings_sources import (
     PREFIX,
     Origin,
@@ -88,6 +92,7 @@ def read_settings(path: Path | None, environ: Mapping[str, str], overrides: Mapp
     values |= read_variables(dotenv, ".env")
     values |= read_variables(environ, "environment")
     values |= read_flags(overrides)
+    _inherit(values)
     builder = _Builder(variables)
     builder.problems += old.problems
     settings = builder.build(Settings, (), values)
@@ -100,6 +105,15 @@ def read_settings(path: Path | None, environ: Mapping[str, str], overrides: Mapp
     if note := note_on(old, values):
         builder.notes.append(note)
     return Loaded(settings, source, tuple(builder.notes))
+
+
+def _inherit(values: Values) -> None:
+    """What `tenants.NAME` leaves out is as under `tenant`."""
+    names = {path[1] for path in values if path[0] == "tenants" and len(path) > 2}
+    for path, origin in list(values.items()):
+        if path[0] == "tenant" and len(path) == 2:
+            for name in names:
+                values.setdefault(("tenants", name, path[1]), origin)
 
 
 @cache
@@ -143,8 +157,16 @@ class _Builder:
                 return self.build(cls, path, values)
             case inspect.DictType(value_type=inspect.StructType(cls=cls)):
                 return {name: self.build(cls, (*path, name), below) for name, below in self._children(path, values).items()}
+            case inspect.DictType(value_type=one):
+                read = {name: self._one(one, (*path, name), below) for name, below in self._children(path, values).items()}
+                return {name: value for name, value in read.items() if value is not msgspec.UNSET}
             case _:
                 return self._leaf(path, values, lambda origin: _named(path, _convert(kind, info, path[-1], origin)))
+
+    def _one(self, info: inspect.Type, path: SettingPath, values: Values) -> Any:
+        """One value of a mapping that has plain ones, or UNSET after a problem was noted."""
+        assert isinstance(info, inspect.StrType)
+        return self._leaf(path, values, lambda origin: _convert(str, info, path[-1], origin))
 
     def _leaf(self, path: SettingPath, values: Values, read: Any) -> Any:
         deeper = [origin for below, origin in values.items() if below != path]
@@ -264,8 +286,16 @@ def _contradictions(settings: Settings) -> list[str]:
             node_kind(group.devices)
         except ValueError as error:
             problems.append(f"groups.{name}.devices: {error}")
+        try:
+            labels_of(group.labels.items())
+        except ValueError as error:
+            problems.append(f"groups.{name}.labels: {error}")
         if group.workers_min > group.workers_max:
             problems.append(f"groups.{name}.workers_min is above groups.{name}.workers_max")
+    try:
+        labels_of(settings.node.labels.items())
+    except ValueError as error:
+        problems.append(f"node.labels: {error}")
     ports = {"api.port": api.port, "dask.port": dask.port, "dask.dashboard_port": dask.dashboard_port}
     taken: dict[int, str] = {}
     for name, port in ports.items():
@@ -275,14 +305,36 @@ def _contradictions(settings: Settings) -> list[str]:
     for name, function in settings.functions.items():
         where = f"functions.{name}"
         try:
-            parse_memory(function.memory)
-        except ValueError as error:
-            problems.append(f"{where}.memory: {error}")
+            function_resources(function)
+        except WrongField as error:
+            problems.append(f"{where}.{error.field}: {error}")
         if not _TARGET.fullmatch(function.target):
             problems.append(f"{where}.target must be 'module:callable', not {function.target!r}")
         if (function.time_limit_s or 0) > tasks.time_limit_s_max:
             problems.append(f"{where}.time_limit_s is above tasks.time_limit_s_max")
     return problems
+
+
+def function_resources(function: FunctionSettings) -> Resources:
+    """What a task of the function asks for unless it says otherwise.
+
+    Raises:
+        WrongField: says what was wrong and what would be right.
+    """
+    return resources_of(
+        ResourceRequest(
+            memory=function.memory,
+            gpus=function.gpus,
+            share=function.share or None,
+            architecture=function.architecture or None,
+            device_model=function.device_model or None,
+            labels=function.labels or None,
+            cpus=function.cpus or None,
+            host_memory=function.host_memory or None,
+            exclusive=function.exclusive or None,
+            model=function.model or None,
+        )
+    )
 
 
 def _nearest_variable(path: SettingPath) -> str:
@@ -313,6 +365,9 @@ def _document(cls: type, path: SettingPath) -> Iterator[SettingDoc]:
                 yield from _document(below, here)
             case inspect.DictType(value_type=inspect.StructType(cls=below)):
                 yield from _document(below, (*here, ANY_NAME))
+            case inspect.DictType(value_type=one):
+                one_here = (*here, ANY_NAME)
+                yield SettingDoc(".".join(one_here), variable_of(one_here), _describe(one, ""), "empty", "")
             case _:
                 unit = _unit(field.name)
                 kind = _describe(info, unit)

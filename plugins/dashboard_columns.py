@@ -24,6 +24,7 @@ COLOURS: Final[dict[Part, str]] = {
     Part.OVER: "#d55e00",
     Part.KEPT: "#ffffff",
     Part.FOREIGN: "#e69f00",
+    Part.ALONE: "#a9cfe8",
     Part.FREE: "#f7f7f7",
     Part.RESERVE: "#d9d9d9",
 }
@@ -31,6 +32,7 @@ HATCHES: Final[dict[Part, str]] = {
     Part.OVER: "x",
     Part.KEPT: "right_diagonal_line",
     Part.FOREIGN: "left_diagonal_line",
+    Part.ALONE: "horizontal_line",
     Part.RESERVE: "dot",
 }
 MEANINGS: Final[dict[Part, str]] = {
@@ -39,6 +41,7 @@ MEANINGS: Final[dict[Part, str]] = {
     Part.USED: "measured use",
     Part.OVER: "use above the lease",
     Part.FOREIGN: "used by others",
+    Part.ALONE: "left empty for a slot that has the device for itself",
     Part.KEPT: "kept for a slot that waits",
     Part.FREE: "free",
     Part.RESERVE: "reserve",
@@ -116,7 +119,7 @@ def _device_tip(node: NodeBars, bar: Bar) -> str:
     state = ", ".join(text for text in (bar.note, node.note) if text)
     return "<hr>" + _tip_rows(
         {
-            "device": f"{bar.node} / {bar.index} {bar.model}",
+            "device" if bar.devices == 1 else "devices": f"{bar.node} / {bar.name} {bar.model}",
             "leased": f"{format_memory(bar.leased_bytes)} of {format_memory(bar.total_bytes)}",
             **({"others use": format_memory(bar.foreign_bytes)} if bar.foreign_bytes else {}),
             "free": format_memory(bar.free_bytes),
@@ -185,7 +188,7 @@ def _what_is_wrong(view: View) -> list[str]:
             found.setdefault(node.note, []).append(node.node)
         for bar in node.bars:
             if bar.note:
-                found.setdefault(bar.note, []).append(f"{node.node}/{bar.index}")
+                found.setdefault(bar.note, []).append(f"{node.node}/{bar.name}")
     return [
         f"▲ {note}: {', '.join(names[:NAMED_MAX])}" + (f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else "")
         for note, names in found.items()
@@ -194,7 +197,8 @@ def _what_is_wrong(view: View) -> list[str]:
 
 def _key(colour: str, hatch: str | None, meaning: str) -> str:
     """One entry of the legend."""
-    angles = {"left_diagonal_line": "135deg", "right_diagonal_line": "45deg", "x": "45deg", "dot": "90deg"}
-    lines = f"repeating-linear-gradient({angles[hatch]}, #555 0 1px, {colour} 1px 5px)" if hatch else colour
+    angles = {"left_diagonal_line": "135deg", "right_diagonal_line": "45deg", "x": "45deg"}
+    angle = angles.get(hatch or "", "90deg" if hatch == "dot" else "0deg")
+    lines = f"repeating-linear-gradient({angle}, #555 0 1px, {colour} 1px 5px)" if hatch else colour
     swatch = f"display:inline-block;width:18px;height:11px;border:1px solid #555;background:{lines};margin-right:5px"
     return f"<span style='white-space:nowrap;margin-right:14px'><span style='{swatch}'></span>{meaning}</span>"

@@ -1,7 +1,8 @@
 """What the page ``/rocyard`` shows, as values: every device as a bar of parts, and the queue. Pure: it knows no Bokeh.
 
-A bar goes from 0 to the device's memory. From the left: its slots, each as wide as what it takes away from the free memory
-(the larger of lease and measured use), then room that is kept, then foreign use; the reserve stands at the right end.
+Devices that share their memory are one bar. A bar goes from 0 to the memory's end. From the left: its slots, each as wide as
+what it takes away from the free memory (the larger of lease and measured use), then room that is kept, then foreign use; the
+reserve stands at the right end.
 """
 
 import enum
@@ -16,7 +17,7 @@ from manager.core.index import Index, NodeView, Pool
 from manager.core.lifecycle import SlotKind
 from manager.core.news import News, QueueNews, SlotNews
 from manager.core.quantities import format_duration, format_memory
-from manager.core.shapes import Shape
+from manager.core.shapes import Grant, Shape
 from plugins.ledger import DirectWaiting
 
 DETAILED_MAX: Final = 40
@@ -35,6 +36,7 @@ class Part(enum.StrEnum):
     OVER = "over"
     KEPT = "kept"
     FOREIGN = "foreign"
+    ALONE = "alone"
     FREE = "free"
     RESERVE = "reserve"
 
@@ -49,16 +51,19 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """One device.
+    """One device, or several that share their memory.
 
     Attributes:
+        uuid: of the device, or the name of the memory that is shared.
+        name: positions of the devices, such as ``0``, or ``2–3``; `devices` is how many.
         note: what is wrong with the device; empty where nothing is.
         pieces: from the left; those of measured use lie upon those of leases, the others side by side.
     """
 
     node: str
     uuid: str
-    index: int
+    name: str
+    devices: int
     model: str
     total_bytes: int
     free_bytes: int
@@ -130,7 +135,8 @@ def node_bars(index: Index, news: News, devices: Mapping[str, Sequence[Device]])
     for name in sorted(index.nodes, key=natural):
         view = index.nodes[name]
         known = {device.uuid: device for device in devices.get(name, ())}
-        bars = [_bar(name, pool, known.get(uuid), number, direct) for number, (uuid, pool) in enumerate(view.pools.items())]
+        numbers = {uuid: known[uuid].index if uuid in known else at for at, uuid in enumerate(view.devices)}
+        bars = [_bar(view, pool, known.get(pool.devices[0]), numbers, direct) for pool in view.pools.values()]
         found.append(NodeBars(name, _node_note(view), tuple(bars)))
     return tuple(found)
 
@@ -144,12 +150,14 @@ def _node_note(view: NodeView) -> str:
     return ", ".join(notes)
 
 
-def _bar(node: str, pool: Pool, device: Device | None, number: int, direct: set[str]) -> Bar:
+def _bar(view: NodeView, pool: Pool, device: Device | None, numbers: Mapping[str, int], direct: set[str]) -> Bar:
+    alone = all(view.devices[uuid].alone for uuid in pool.devices)
     return Bar(
-        node=node,
+        node=view.name,
         uuid=pool.key,
-        index=number if device is None else device.index,
-        model=pool.key if device is None else short_model(device.model),
+        name=spans([numbers[uuid] for uuid in pool.devices]),
+        devices=len(pool.devices),
+        model=pool.key if device is None else _model_text(device, len(pool.devices)),
         total_bytes=pool.total_bytes,
         free_bytes=pool.free_bytes,
         leased_bytes=sum(pool.leases.values()),
@@ -157,11 +165,30 @@ def _bar(node: str, pool: Pool, device: Device | None, number: int, direct: set[
         foreign_bytes=pool.foreign_bytes,
         reserve_bytes=pool.reserve_bytes,
         note="" if pool.healthy else "unhealthy",
-        pieces=tuple(_clipped(_pieces(pool, direct), pool.total_bytes)),
+        pieces=tuple(_clipped(_pieces(pool, direct, Part.ALONE if alone else Part.FREE), pool.total_bytes)),
     )
 
 
-def _pieces(pool: Pool, direct: set[str]) -> Iterator[Piece]:
+def _model_text(device: Device, sharing: int) -> str:
+    """``MI300X``, or with how it is split ``MI300X DPX/NPS2``; ``2 × MI300X CPX/NPS4`` for two that share their memory."""
+    modes = device.partition.rpartition("/")[0] or device.partition
+    text = f"{short_model(device.model)} {modes}".strip()
+    return text if sharing == 1 else f"{sharing} × {text}"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """``0–3, 7`` for 0, 1, 2, 3 and 7."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], number]
+        else:
+            ranges.append([number])
+    return ", ".join("–".join(map(str, each)) for each in ranges)
+
+
+def _pieces(pool: Pool, direct: set[str], left_over: Part) -> Iterator[Piece]:
+    """From the left; `left_over` is what nobody has and nobody needs."""
     at = 0
     for slot, lease in sorted(pool.leases.items()):
         used = pool.used.get(slot, 0)
@@ -178,7 +205,7 @@ def _pieces(pool: Pool, direct: set[str]) -> Iterator[Piece]:
         yield Piece(Part.KEPT, at, at + size, slot)
         at += size
     if at < pool.usable_bytes:
-        yield Piece(Part.FREE, at, pool.usable_bytes)
+        yield Piece(left_over, at, pool.usable_bytes)
     if pool.reserve_bytes:
         yield Piece(Part.RESERVE, pool.total_bytes - pool.reserve_bytes, pool.total_bytes)
 
@@ -214,7 +241,7 @@ def layout_of(nodes: Sequence[NodeBars]) -> Layout:
         for bar in node.bars:
             row += 1
             places[node.node, bar.uuid] = Place(row, 0)
-            labels[row] = f"{bar.index}  {bar.model}"
+            labels[row] = f"{bar.name}  {bar.model}"
         row += 1
     return Layout(dense=False, rows=row, width=largest, columns=1, stride=stride, places=places, labels=labels, heads=heads)
 
@@ -235,12 +262,13 @@ def slot_texts(nodes: Sequence[NodeBars], index: Index, news: News, shapes: Mapp
         if grant is None:
             continue
         view = index.nodes.get(grant.node)
-        used = sum(view.pools[uuid].used.get(slot, 0) for uuid in grant.devices if uuid in view.pools) if view else 0
+        pools = {view.devices[uuid].pool.key for uuid in grant.devices if uuid in view.devices} if view else set()
+        used = sum(view.pools[pool].used.get(slot, 0) for pool in pools) if view else 0
         shape, row = shapes.get(slot), told.get(slot)
         texts[slot] = SlotText(
             slot=slot,
             kind=_kind_text(row, kept=slot not in index.grants),
-            needs=needs_text(grant.memory_bytes, len(grant.devices)),
+            needs=_grant_text(grant),
             tenant=shape.tenant if shape is not None else "?",
             leased=format_memory(grant.memory_bytes * len(grant.devices)),
             used=format_memory(used),
@@ -259,6 +287,16 @@ def _running_text(row: SlotNews | None) -> str:
     if row is None:
         return "not told"
     return "its Dask task" if row.kind is SlotKind.DIRECT else str(row.running)
+
+
+def _grant_text(grant: Grant) -> str:
+    """``24 GiB``; ``2 × 24 GiB, for itself``; ``8 GiB, 25 % of the compute``."""
+    words = [needs_text(grant.memory_bytes, len(grant.devices))]
+    if grant.share_milli:
+        words.append(f"{grant.share_milli / 10:g} % of the compute")
+    if grant.exclusive:
+        words.append("for itself")
+    return ", ".join(words)
 
 
 def needs_text(memory_bytes: int, gpus: int) -> str:
@@ -283,7 +321,7 @@ def queue_columns(queues: Sequence[QueueNews]) -> dict[str, list[str]]:
 def direct_columns(waiting: Sequence[DirectWaiting]) -> dict[str, list[str]]:
     """The table of what Dask's own users wait for, a row for each size, the most first."""
     return {
-        "needs": [needs_text(row.memory_bytes, row.gpus) for row in waiting],
+        "needs": [needs_text(row.resources.memory_bytes, row.resources.gpus) for row in waiting],
         "waiting": [f"{row.count:,}" for row in waiting],
         "oldest": [format_duration(row.oldest_wait_s) for row in waiting],
     }
@@ -292,12 +330,13 @@ def direct_columns(waiting: Sequence[DirectWaiting]) -> dict[str, list[str]]:
 def summary_text(nodes: Sequence[NodeBars]) -> str:
     """The cluster in one line."""
     bars = [bar for node in nodes for bar in node.bars]
+    devices = sum(bar.devices for bar in bars)
     total = sum(bar.total_bytes - bar.reserve_bytes for bar in bars)
     leased, used = sum(bar.leased_bytes for bar in bars), sum(bar.used_bytes for bar in bars)
     foreign = sum(bar.foreign_bytes for bar in bars)
     share = f" ({leased / total:.0%})" if total else ""
     text = (
-        f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}, {len(bars)} {'device' if len(bars) == 1 else 'devices'}, "
+        f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}, {devices} {'device' if devices == 1 else 'devices'}, "
         f"{format_memory(total)}: leased {format_memory(leased)}{share}, slots use {format_memory(used)}"
     )
     if foreign:

@@ -41,11 +41,13 @@ class GpuMetrics:
 
     def memory_total(self, _: Worker) -> int:
         """Bytes."""
-        return sum(device.memory_bytes for device in self.devices)
+        return sum({device.pool_key: device.memory_bytes for device in self.devices}.values())
 
     def memory_used(self, _: Worker) -> int:
         """Bytes in use by anybody. A device that cannot be read counts as empty: its reading is no measurement."""
-        return sum(use.used_bytes for use in self.readings.uses() if use.healthy)
+        pools = {device.uuid: device.pool_key for device in self.devices}
+        # Devices that share their memory all read all of it.
+        return sum({pools.get(use.uuid, use.uuid): use.used_bytes for use in self.readings.uses() if use.healthy}.values())
 
     def utilisation(self, _: Worker) -> float:
         """Percent, the mean over devices that tell."""

@@ -7,22 +7,23 @@ placement looks at one request of each class that is blocked, and not at all tha
 import heapq
 import itertools
 from collections.abc import Hashable, Iterator
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import msgspec
 
+Kind = TypeVar("Kind", bound=Hashable)
 Priority = tuple[float, ...]
 """Lower is earlier, as Dask has it."""
 STALE_MAX: Final = 64
 """Entries that a heap may hold for requests that are gone, beyond as many as it holds of living ones."""
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class _Entry(msgspec.Struct, Generic[Kind], frozen=True):
     """Where a request stands. `order` breaks ties: who came first."""
 
     priority: Priority
     order: int
-    kind: Hashable
+    kind: Kind
 
 
 class _Class:
@@ -35,23 +36,23 @@ class _Class:
         self.since_s: dict[str, float] = {}
 
 
-class Waiting(msgspec.Struct, frozen=True):
+class Waiting(msgspec.Struct, Generic[Kind], frozen=True):
     """How many of a class wait, and since when the first of them."""
 
-    kind: Hashable
+    kind: Kind
     count: int
     since_s: float
 
 
-class Held:
+class Held(Generic[Kind]):
     """All requests that wait. Iteration is in the order of placement."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, _Entry] = {}
-        self._classes: dict[Hashable, _Class] = {}
+        self._entries: dict[str, _Entry[Kind]] = {}
+        self._classes: dict[Kind, _Class] = {}
         self._orders = itertools.count()
 
-    def push(self, name: str, priority: Priority, kind: Hashable, now_s: float) -> None:
+    def push(self, name: str, priority: Priority, kind: Kind, now_s: float) -> None:
         """Hold `name` in the class `kind`. One that is held already keeps its place in time, in whatever class."""
         known = self._entries.get(name)
         if known is not None and (known.priority, known.kind) == (priority, kind):
@@ -78,10 +79,19 @@ class Held:
             place.heap = [item for item in place.heap if self._is_valid(item, entry.kind)]
             heapq.heapify(place.heap)
 
-    def waiting(self) -> Iterator[Waiting]:
+    def waiting(self) -> Iterator[Waiting[Kind]]:
         """How many of each class wait."""
         for kind, place in self._classes.items():
             yield Waiting(kind, len(place.since_s), next(iter(place.since_s.values())))
+
+    def since_s(self, name: str) -> float:
+        """Since when `name` has waited."""
+        return self._classes[self._entries[name].kind].since_s[name]
+
+    def place(self, name: str) -> tuple[Priority, int]:
+        """What `name` is to be placed by: the lowest goes first."""
+        entry = self._entries[name]
+        return entry.priority, entry.order
 
     def before(self, name: str) -> int:
         """How many of its own class are to be placed before `name`."""
@@ -90,11 +100,11 @@ class Held:
         others = map(self._entries.__getitem__, self._classes[entry.kind].since_s)
         return sum((other.priority, other.order) < first for other in others)
 
-    def round(self) -> "Round":
+    def round(self) -> "Round[Kind]":
         """One round of placement over what is held now."""
         return Round(self)
 
-    def first(self, kind: Hashable) -> tuple[Priority, int, str] | None:
+    def first(self, kind: Kind) -> tuple[Priority, int, str] | None:
         """The first of a class; None where none of it is held."""
         place = self._classes.get(kind)
         if place is None:
@@ -103,11 +113,11 @@ class Held:
             heapq.heappop(place.heap)
         return place.heap[0]
 
-    def kinds(self) -> list[Hashable]:
+    def kinds(self) -> list[Kind]:
         """All classes of which something is held."""
         return list(self._classes)
 
-    def _is_valid(self, item: tuple[Priority, int, str], kind: Hashable) -> bool:
+    def _is_valid(self, item: tuple[Priority, int, str], kind: Kind) -> bool:
         priority, order, name = item
         entry = self._entries.get(name)
         return entry is not None and (entry.priority, entry.order, entry.kind) == (priority, order, kind)
@@ -122,14 +132,13 @@ class Held:
         return iter(sorted(self._entries, key=lambda name: (self._entries[name].priority, self._entries[name].order)))
 
 
-class Round:
+class Round(Generic[Kind]):
     """Who is to be tried next. What was not placed blocks its class for the rest of the round."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: Held[Kind]) -> None:
         self._held = held
-        self._heads: list[tuple[tuple[Priority, int, str], Hashable]] = []
-        self._blocked: list[Hashable] = []
-        self._last: Hashable = None
+        self._heads: list[tuple[tuple[Priority, int, str], Kind]] = []
+        self._blocked: list[Kind] = []
         for kind in held.kinds():
             self._enter(kind)
         heapq.heapify(self._heads)
@@ -138,14 +147,13 @@ class Round:
         """The first of all that are held and not blocked; None at the end."""
         if not self._heads:
             return None
-        (_, _, name), self._last = heapq.heappop(self._heads)
-        self._blocked.append(self._last)
+        (_, _, name), kind = heapq.heappop(self._heads)
+        self._blocked.append(kind)
         return name
 
     def placed(self) -> None:
         """The last one was placed and is not held any more: the next of its class is to be tried."""
-        self._blocked.pop()
-        self._enter(self._last)
+        self._enter(self._blocked.pop())
 
     def again(self) -> None:
         """There is more room than there was: whatever was blocked is to be tried again."""
@@ -153,6 +161,6 @@ class Round:
         for kind in blocked:
             self._enter(kind)
 
-    def _enter(self, kind: Hashable) -> None:
+    def _enter(self, kind: Kind) -> None:
         if (first := self._held.first(kind)) is not None:
             heapq.heappush(self._heads, (first, kind))

@@ -22,14 +22,14 @@ from manager.core.gpu_tasks import GPU_ANNOTATION, GpuExplanation
 from manager.core.keys import SLOT_TASK_PREFIX
 from manager.core.lifecycle import SlotKind
 from manager.core.news import News, decode_news
-from manager.core.placement import Placed, place
+from manager.core.placement import Policy
 from manager.core.policies import DEFAULT_POLICY
-from manager.core.shapes import Grant, Shape
+from manager.core.shapes import Grant, Resources, Shape
 from manager.log import get_logger
-from manager.metrics import HOOK_ERRORS, PLACEMENTS, SLOTS
+from manager.metrics import HOOK_ERRORS, PLACEMENTS, RESERVATIONS, SLOTS
 from plugins.direct_tasks import DirectTask, DirectTasks
 from plugins.gpu_executor import CLOSED_TOPIC
-from plugins.ledger import Assignment, Ledger, SlotRequest
+from plugins.ledger import RESERVE_AFTER_S, Assignment, Ledger, SlotRequest
 from plugins.node.link import Report, decode_beat, decode_report
 from plugins.slot import ASSIGNED, END_DIRECT_OP, LINK_EXTENSION, Assigned, assignment_of
 
@@ -45,6 +45,11 @@ SIZES_MAX: Final = 100
 P = ParamSpec("P")
 log = get_logger("rocyard.scheduler")
 
+# Looked up once: a label costs as much as the rest of what a pump measures.
+_HELD: Final = SLOTS.labels(status="held")
+_LEASED: Final = SLOTS.labels(status="leased")
+_PLACED: Final = PLACEMENTS.labels(result="placed")
+
 
 def _guarded(hook: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(hook)
@@ -59,18 +64,27 @@ def _guarded(hook: Callable[P, None]) -> Callable[P, None]:
 
 
 class PlacementPlugin(SchedulerPlugin):
-    """Places slots, and Dask tasks that want a GPU. One per scheduler."""
+    """Places slots, and Dask tasks that want a GPU. One per scheduler.
+
+    Args:
+        scheduler: whose tasks they are.
+        policy: says which of all places that fit is best.
+        reserve_after_s: a Dask task that has waited for longer, while others passed it, has room kept for it.
+    """
 
     name = "rocyard-placement"
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, policy: Policy = DEFAULT_POLICY, reserve_after_s: float = RESERVE_AFTER_S) -> None:
         self.scheduler = scheduler
-        self.ledger = Ledger()
+        self.ledger = Ledger(policy, reserve_after_s)
         self.direct = DirectTasks()
         self.addresses: dict[str, str] = {}  # node → address of its Dask worker
         self.nodes: dict[str, str] = {}  # address → node
         self.news = News()
+        self._log = log.bind()  # made once: what logs each placement need not make a logger for each
         self._pump_asked = False
+        self._restless: set[str] = set()  # nodes whose Dask workers have begun or stopped taking tasks since the last pump
+        self._reserved: dict[str, Grant] = {}  # as of the last pump
         scheduler.no_workers_timeout = None  # held work waits for as long as it takes
         scheduler.allowed_failures = ALLOWED_FAILURES
         scheduler.extensions[LINK_EXTENSION] = _Heartbeats(self)
@@ -180,6 +194,7 @@ class PlacementPlugin(SchedulerPlugin):
         self.addresses[report.node] = worker
         self.nodes[worker] = report.node
         self.ledger.register(report, time.monotonic(), names=(worker, get_address_host(worker)))
+        self._restless.add(report.node)
         _log_registration(report, worker)
         self.ask_pump()
 
@@ -194,13 +209,14 @@ class PlacementPlugin(SchedulerPlugin):
 
     @_guarded
     def log_event(self, topic: str, msg: Any) -> None:
-        """A worker has become able to take tasks (there is no other sign of that), or says that slots have ended."""
+        """A worker takes tasks from now on, or no more (there is no other sign of that), or says that slots have ended."""
         if topic == CLOSED_TOPIC and isinstance(msg, dict):
             requests = self.ledger.requests
             mine = [s for s in msg["slots"] if s not in requests or requests[s].kind is SlotKind.DIRECT]
             self.ledger.closed(mine, time.monotonic())
             self.ask_pump()
         elif isinstance(msg, dict) and msg.get("action") == "worker-status-change" and topic in self.nodes:
+            self._restless.add(self.nodes[topic])  # Dask notes the new status after it has told us
             self.ask_pump()
 
     # --- the pump: the only place that starts transitions --------------------------------------------------------
@@ -215,10 +231,8 @@ class PlacementPlugin(SchedulerPlugin):
         self._pump_asked = False
         assignments: list[Assignment] = []
         try:
-            for node, address in self.addresses.items():
-                worker = self.scheduler.workers.get(address)
-                if (view := self.ledger.index.nodes.get(node)) is not None:
-                    view.reachable = worker is not None and worker in self.scheduler.running
+            while self._restless:
+                self._see_status(self._restless.pop())
             assignments = self.ledger.decide(time.monotonic())
             recommendations: Recs = {}
             for assignment in assignments:
@@ -231,6 +245,12 @@ class PlacementPlugin(SchedulerPlugin):
         for assignment in assignments:
             self._verify(assignment)
         self._measure()
+
+    def _see_status(self, node: str) -> None:
+        """A worker that closes, or is paused, takes no tasks: nothing is placed there."""
+        worker = self.scheduler.workers.get(self.addresses.get(node, ""))
+        if worker is not None and (view := self.ledger.index.nodes.get(node)) is not None:
+            view.reachable = worker in self.scheduler.running
 
     def _grant(self, assignment: Assignment, recommendations: Recs) -> None:
         key = self._key_of(assignment.slot_id)
@@ -253,8 +273,9 @@ class PlacementPlugin(SchedulerPlugin):
         key = self._key_of(assignment.slot_id)
         task = self.scheduler.tasks.get(key)
         if task is not None and task.state in ("processing", "waiting"):
-            PLACEMENTS.labels(result="placed").inc()
-            log.info("slot_placed", slot=assignment.slot_id, node=assignment.grant.node, devices=assignment.grant.devices)
+            _PLACED.inc()
+            grant = assignment.grant
+            self._log.info("slot_placed", slot=assignment.slot_id, node=grant.node, devices=grant.devices)
             return
         PLACEMENTS.labels(result="returned").inc()
         log.warning("slot_not_taken", slot=assignment.slot_id, state=task.state if task is not None else "forgotten")
@@ -269,8 +290,20 @@ class PlacementPlugin(SchedulerPlugin):
         return self.direct.keys.get(slot_id, SLOT_TASK_PREFIX + slot_id)
 
     def _measure(self) -> None:
-        SLOTS.labels(status="held").set(len(self.ledger.held))
-        SLOTS.labels(status="leased").set(len(self.ledger.index.grants))
+        _HELD.set(len(self.ledger.held))
+        _LEASED.set(len(self.ledger.index.grants))
+        if self.ledger.reserved != self._reserved:
+            self._tell_reserved()
+
+    def _tell_reserved(self) -> None:
+        now, before = dict(self.ledger.reserved), self._reserved
+        self._reserved = now
+        RESERVATIONS.set(len(now))
+        for slot_id, grant in now.items():
+            if before.get(slot_id) != grant:
+                log.info("room_reserved", slot=slot_id, node=grant.node, devices=grant.devices)
+        for slot_id in before.keys() - now.keys():
+            log.info("reservation_ended", slot=slot_id, placed=slot_id in self.ledger.index.grants)
 
     # --- for the controller -----------------------------------------------------------------------------------------
 
@@ -280,7 +313,7 @@ class PlacementPlugin(SchedulerPlugin):
         Returns:
             ``slots``: every slot known here, as slot → [state, node] with the states of `Ledger.where`; of Dask tasks
             only those with a lease. ``nodes``: each node's address. ``direct``: how many Dask tasks wait for room, by
-            size (`DirectWaiting`).
+            what they need (`DirectWaiting`).
         """
         ledger, now_s = self.ledger, time.monotonic()
         slots: dict[str, list[str]] = {slot: ["leased", grant.node] for slot, grant in ledger.index.grants.items()}
@@ -290,7 +323,7 @@ class PlacementPlugin(SchedulerPlugin):
                 slots[slot_id] = [ledger.where(slot_id, now_s), grant.node if grant is not None else request.node]
             elif grant is not None:
                 slots[slot_id] = [ledger.where(slot_id, now_s), grant.node]
-        direct = [msgspec.structs.asdict(row) for row in ledger.direct_waiting(now_s)[:SIZES_MAX]]
+        direct = [msgspec.to_builtins(row) for row in ledger.direct_waiting(now_s)[:SIZES_MAX]]
         return {"slots": slots, "nodes": dict(self.addresses), "direct": direct}
 
     async def rpc_lost(self, node: str, incarnation: str) -> str:
@@ -318,10 +351,9 @@ class PlacementPlugin(SchedulerPlugin):
         self.ask_pump()
         return "OK"
 
-    async def rpc_keep(self, slots: dict[str, list[Any]]) -> str:
-        """Held slot → [node, devices, memory_bytes]: the room that the leader is having cleared for it."""
-        grants = {slot: Grant(node, tuple(devices), size) for slot, (node, devices, size) in slots.items()}
-        self.ledger.keep(grants, time.monotonic())
+    async def rpc_keep(self, slots: dict[str, Any]) -> str:
+        """Held slot → `Grant` as plain values: the room that the leader is having cleared for it."""
+        self.ledger.keep(msgspec.convert(slots, dict[str, Grant]), time.monotonic())
         self.ask_pump()
         return "OK"
 
@@ -342,13 +374,12 @@ class PlacementPlugin(SchedulerPlugin):
         if task is None or direct is None:
             return GpuExplanation("unknown" if task is None else "plain")
         ledger, slot_id, shape = self.ledger, direct.slot_id, direct.shape
-        plain = GpuExplanation(task.state, shape.memory_bytes, shape.gpus)
+        plain = GpuExplanation(task.state, shape.memory_bytes, shape.gpus, resources=shape.resources)
         if (grant := ledger.index.grants.get(slot_id)) is not None:
             return msgspec.structs.replace(plain, state="placed", slot_id=slot_id, grant=grant)
         if slot_id not in ledger.held:
             return plain
-        answer = place(shape.resources, ledger.allowed(ledger.requests[slot_id]), DEFAULT_POLICY)
-        verdicts = () if isinstance(answer, Placed) else answer.verdicts
+        verdicts = tuple(ledger.verdicts(slot_id))
         return msgspec.structs.replace(plain, state="held", before=ledger.held.before(slot_id), verdicts=verdicts)
 
 
@@ -360,12 +391,16 @@ class _Heartbeats:
 
     def heartbeat(self, worker: Any, data: Any) -> None:
         try:
-            beat = decode_beat(data.get("beat")) if isinstance(data, dict) else None
-            if beat is not None and self.plugin.nodes.get(worker.address) == beat.node:
-                silent_s = float(data.get("silent_s", 0))
+            node = self.plugin.nodes.get(worker.address)
+            if node is None or not isinstance(data, dict):
+                return
+            beat, silent_s = decode_beat(data.get("beat")), float(data.get("silent_s", 0))
+            if beat is not None and beat.node == node:
                 self.plugin.ledger.hear(beat, time.monotonic(), heard_s=silent_s, silent=silent_s > AGENT_SILENT_S)
                 if self.plugin.ledger.held:
                     self.plugin.ask_pump()
+            elif beat is None and silent_s > AGENT_SILENT_S:
+                self.plugin.ledger.silent(node)
         except Exception:
             HOOK_ERRORS.labels(hook="heartbeat").inc()
             log.exception("hook_failed", hook="heartbeat")
@@ -386,8 +421,9 @@ def _slot_request(task: TaskState, wanted: Any) -> SlotRequest | None:
     if wanted.get("slot") != key.removeprefix(SLOT_TASK_PREFIX):
         return None
     shape = msgspec.json.decode(wanted["shape"], type=Shape)
+    learned = msgspec.convert(wanted["resources"], Resources) if "resources" in wanted else None
     assert task.priority is not None
-    return SlotRequest(wanted["slot"], shape, wanted.get("node", ""), task.priority)
+    return SlotRequest(wanted["slot"], shape, wanted.get("node", ""), task.priority, learned=learned)
 
 
 def _log_registration(report: Report, worker: str) -> None:

@@ -8,6 +8,7 @@ from distributed import Security
 from distributed.scheduler import Scheduler
 
 from manager.core.errors import StartError
+from manager.core.placement import Policy
 from manager.log import configure_logging, get_logger
 from manager.settings import Settings
 from manager.tls import Role, TlsFiles, dask_security, tls_files
@@ -17,11 +18,11 @@ from plugins.scheduler import PlacementPlugin
 log = get_logger("rocyard.scheduler")
 
 
-async def serve(settings: Settings, files: TlsFiles | None) -> None:
+async def serve(settings: Settings, policy: Policy, files: TlsFiles | None) -> None:
     """Run until SIGTERM.
 
     Raises:
-        StartError: a port is taken, or the plugin did not load: without it GPU work would run anywhere.
+        StartError: a port is taken, or the plugin is not there: without it GPU work would run anywhere.
     """
     register_page()  # before the dashboard starts, with the scheduler
     scheduler = Scheduler(
@@ -29,23 +30,25 @@ async def serve(settings: Settings, files: TlsFiles | None) -> None:
         port=settings.dask.port,
         dashboard_address=f"{settings.dask.host}:{settings.dask.dashboard_port}",
         dashboard=True,
-        preload=["plugins.scheduler", "plugins.dashboard"],
+        preload=["plugins.dashboard"],
         # With these it listens on tls:// alone, and takes nobody without a certificate of the cluster's CA.
         protocol="tcp://" if files is None else "tls://",
         security=None if files is None else Security(**dask_security(files, "scheduler")),
     )
+    # Before it listens: no worker registers and no task comes unseen.
+    scheduler.add_plugin(PlacementPlugin(scheduler, policy, settings.placement.reserve_after_s))
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, lambda: loop.create_task(scheduler.close(reason="stopped")))
     async with scheduler:
         if PlacementPlugin.name not in scheduler.plugins:
-            raise StartError("the scheduler plugin did not load: see the log above; nothing is served without it")
-        log.info("scheduler_ready", address=scheduler.address)
+            raise StartError("the scheduler has lost its plugin: see the log above; nothing is served without it")
+        log.info("scheduler_ready", address=scheduler.address, policy=policy.name)
         await scheduler.finished()
 
 
-def run(settings: Settings) -> int:
-    """The process's main function."""
+def run(settings: Settings, policy: Policy) -> int:
+    """The process's main function. `policy` is the one that ``placement.policy`` names."""
     configure_logging("scheduler", settings.log)
     files = tls_files(settings.tls, Role.SCHEDULER)
     if files is not None:
@@ -68,7 +71,7 @@ def run(settings: Settings) -> int:
             "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": _origins(settings),
         }
     )
-    asyncio.run(serve(settings, files))
+    asyncio.run(serve(settings, policy, files))
     return 0
 
 

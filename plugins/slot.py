@@ -40,18 +40,12 @@ def assigned_of(annotations: Mapping[str, Any] | None) -> Assigned | None:
     granted = (annotations or {}).get(ASSIGNED)
     if not isinstance(granted, dict):
         return None
-    return Assigned(granted["slot"], Grant(granted["node"], tuple(granted["devices"]), int(granted["memory_bytes"])))
+    return Assigned(granted["slot"], msgspec.convert(granted, Grant))
 
 
 def assignment_of(assigned: Assigned) -> dict[str, Any]:
-    """The annotation's value: plain, since it travels inside Dask's own messages."""
-    grant = assigned.grant
-    return {
-        "slot": assigned.slot_id,
-        "node": grant.node,
-        "devices": list(grant.devices),
-        "memory_bytes": grant.memory_bytes,
-    }
+    """The annotation's value: the grant's fields and the slot; plain, since it travels inside Dask's own messages."""
+    return {"slot": assigned.slot_id, **msgspec.to_builtins(assigned.grant)}
 
 
 async def run_slot(slot_id: str) -> str:
@@ -71,4 +65,4 @@ async def run_slot(slot_id: str) -> str:
     if assigned is None:
         raise GpuWorkNotPlaced
     link: AgentLink = worker.extensions[LINK_EXTENSION].link
-    return await link.open(slot_id, assigned.grant.devices, assigned.grant.memory_bytes)
+    return await link.open(slot_id, assigned.grant)

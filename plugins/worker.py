@@ -135,13 +135,13 @@ class RocyardWorkerPlugin(WorkerPlugin):
         except LinkBroken as error:
             log.error("worker_has_no_report", error=str(error))
             os._exit(NO_REPORT_EXIT)
+        self.answered_s = time.monotonic()
         return encode_report(report)
 
     def heartbeat(self) -> dict[str, Any]:
         """Travels with each of Dask's heartbeats, to the extension of the same name at the scheduler."""
-        if self.beat is None:
-            return {}
-        return {"beat": encode_report(self.beat), "silent_s": time.monotonic() - self.answered_s}
+        silent_s = time.monotonic() - self.answered_s
+        return {"silent_s": silent_s} if self.beat is None else {"beat": encode_report(self.beat), "silent_s": silent_s}
 
     def uses(self) -> tuple[DeviceUse, ...]:
         """The devices at the agent's last reading."""

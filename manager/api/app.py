@@ -24,6 +24,7 @@ from manager.api.cluster import VERSION, ClusterRoutes
 from manager.api.docs_page import DocsRoutes
 from manager.api.ends import Ends
 from manager.api.exchange import Call, Disconnected, Receive, Reply, Scope, Send, problem_reply
+from manager.api.foresight import ForesightRoutes
 from manager.api.functions import REFRESH_S, Functions
 from manager.api.health import HealthRoutes
 from manager.api.join import JoinRoutes
@@ -33,6 +34,7 @@ from manager.api.openapi import document
 from manager.api.operations import Operation, Public
 from manager.api.targets import TargetRoutes
 from manager.api.tasks import TaskRoutes
+from manager.api.tenants import TenantRoutes
 from manager.api.watch import LOOK_S, ClusterWatch
 from manager.core.errors import BadRequest, NotFound, RocyardError, StoreUnavailable
 from manager.core.ids import is_id
@@ -97,7 +99,9 @@ class Api(Litestar):
         docs = DocsRoutes()
         current = (
             *tasks.operations(),
+            *ForesightRoutes(self.store, settings, self.functions, self.watch).operations(),
             *ClusterRoutes(self.store, settings, self.functions, self.watch).operations(),
+            *TenantRoutes(settings, self.watch).operations(),
             *JoinRoutes(settings).operations(),
             *AutoscalerRoutes(self.store, settings).operations(),
             *LifecycleRoutes(self.store, settings, self.functions, self.watch).operations(),

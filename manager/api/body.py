@@ -18,6 +18,7 @@ from manager.core.requests import (
     TASKS_PER_BATCH_MAX,
     DrainRequest,
     KeyRequest,
+    PlanRequest,
     Request,
     ResourceRequest,
     TaskRequest,
@@ -44,6 +45,7 @@ class _Many(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _task = msgspec.json.Decoder(TaskRequest).decode
+_plan = msgspec.json.Decoder(PlanRequest).decode
 _many = msgspec.json.Decoder(_Many).decode
 _key = msgspec.json.Decoder(KeyRequest).decode
 
@@ -59,6 +61,20 @@ def task_request(body: bytes) -> tuple[TaskRequest, dict[str, Any]]:
         request = _task(body)
     except msgspec.ValidationError as error:
         _refuse(str(error), TaskRequest)
+    return request, _object(tree.get("args", {}), "args")
+
+
+def plan_request(body: bytes) -> tuple[PlanRequest, dict[str, Any]]:
+    """Tasks that are asked about, and their arguments as plain values.
+
+    Raises:
+        BadRequest: says where, and what would be right.
+    """
+    tree = checked_json(body)
+    try:
+        request = _plan(body)
+    except msgspec.ValidationError as error:
+        _refuse(str(error), PlanRequest)
     return request, _object(tree.get("args", {}), "args")
 
 
@@ -188,6 +204,7 @@ _strict = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_float=_f
 
 _FIELDS: Final[dict[type[msgspec.Struct], dict[str, tuple[str, ...]]]] = {
     TaskRequest: {"": TaskRequest.__struct_fields__, "resources": ResourceRequest.__struct_fields__},
+    PlanRequest: {"": PlanRequest.__struct_fields__, "resources": ResourceRequest.__struct_fields__},
     _Many: {"": _Many.__struct_fields__},
     KeyRequest: {"": KeyRequest.__struct_fields__},
     DrainRequest: {"": DrainRequest.__struct_fields__},

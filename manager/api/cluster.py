@@ -22,6 +22,7 @@ from manager.core.answers import (
     KeyView,
     StoreView,
     WorkerList,
+    resources_view,
     utc,
     utc_or_none,
 )
@@ -73,6 +74,7 @@ class ClusterRoutes:
             description=found.doc,
             memory_bytes=found.memory_bytes,
             gpus=found.gpus,
+            resources=resources_view(found.needs),
             time_limit_s=default_s if found.time_limit_s is None else found.time_limit_s,
             schema=msgspec.Raw(b"null") if found.error else found.schema,
             problem=found.error,

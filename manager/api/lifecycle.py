@@ -127,7 +127,7 @@ class LifecycleRoutes:
         if wanted.slots and not seconds:
             raise BadRequest("for: must be more than 0, such as '10m'; to end it early, ask for 0 slots.", field="for")
         snapshot = await self._watch.fresh()
-        refuse_infeasible(shape, resources.memory_bytes, snapshot.largest)
+        refuse_infeasible(shape, resources, snapshot.capacity)
         most = min(
             self._settings.slots.slots_per_shape_max,
             self._settings.tenants.get(tenant, self._settings.tenant).active_tasks_max,

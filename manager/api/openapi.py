@@ -13,7 +13,15 @@ import msgspec
 from manager.api.operations import Operation, Public
 from manager.core.answers import Problem
 from manager.core.errors import RocyardError
-from manager.core.requests import BatchRequest, DrainRequest, KeyRequest, TaskRequest, UnloadRequest, WarmRequest
+from manager.core.requests import (
+    BatchRequest,
+    DrainRequest,
+    KeyRequest,
+    PlanRequest,
+    TaskRequest,
+    UnloadRequest,
+    WarmRequest,
+)
 
 _REF: Final = "#/components/schemas/{name}"
 _PATH_PARAMETER: Final = re.compile(r"\{([a-z_]+)\}")
@@ -26,6 +34,7 @@ _WHAT: Final = {
 _TASK: Final = {"function": "echo", "args": {"x": 1}, "resources": {"memory": "1GiB"}}
 _EXAMPLES: Final[dict[type, Any]] = {
     TaskRequest: _TASK,
+    PlanRequest: {**_TASK, "count": 3},
     BatchRequest: {"tasks": [_TASK, _TASK]},
     KeyRequest: {"tenant": "vision", "scope": "user"},
     DrainRequest: {"deadline": "5m", "remove": False},

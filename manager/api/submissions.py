@@ -5,13 +5,14 @@ Pure but for a bounded cache of shapes.
 
 from functools import lru_cache
 
-from manager.api.watch import Largest
 from manager.core.errors import BadRequest, Infeasible, TooLarge
 from manager.core.functions import DEFAULT_ENVIRONMENT, PublishedFunction
 from manager.core.model import Submission, TaskSpec
-from manager.core.quantities import format_duration, format_memory, parse_duration, parse_memory
-from manager.core.requests import ResourceRequest, TaskRequest
+from manager.core.node_kinds import Capacity
+from manager.core.quantities import format_duration, format_memory, parse_duration
+from manager.core.requests import ResourceRequest, TaskRequest, priority_of
 from manager.core.shapes import Resources, Shape, shape_id, shape_of
+from manager.core.wanted import WrongField, resources_of
 from manager.settings import Settings
 
 TIME_LIMIT_S_MIN = 0.001
@@ -40,7 +41,7 @@ def submission_of(
         function=request.function,
         args=request.args,
         resources=resources,
-        priority=request.priority,
+        priority=_priority(request.priority, within),
         max_attempts=request.max_attempts,
         time_limit_s=_time_limit(request.time_limit, function.time_limit_s, settings, within),
     )
@@ -53,50 +54,59 @@ def shape_for(
     """The shape, its id, and the resources that are asked for: the function's where no others are.
 
     Raises:
-        BadRequest: memory that cannot be read, or none at all.
+        BadRequest: something of it cannot be read, or no memory is named at all.
     """
+    if function is None and wanted.memory is None:
+        raise BadRequest("Name a function, or resources.memory.", field="function")
+    try:
+        resources = resources_of(wanted, None if function is None else function.needs)
+    except WrongField as error:
+        field = f"{within}resources.{error.field}"
+        raise BadRequest(f"{field}: {_short(error)}.", field=field) from None
     if function is None:
-        if wanted.memory is None:
-            raise BadRequest("Name a function, or resources.memory.", field="function")
-        resources = Resources(_memory(wanted.memory, within), wanted.gpus or 1)
         return *_shape(tenant, DEFAULT_ENVIRONMENT, resources, 0), resources
-    resources = Resources(
-        function.memory_bytes if wanted.memory is None else _memory(wanted.memory, within),
-        function.gpus if wanted.gpus is None else wanted.gpus,
-    )
     return *_shape(tenant, function.environment, resources, function.max_tasks_per_slot), resources
 
 
-def refuse_infeasible(shape: Shape, asked_bytes: int, largest: tuple[Largest, ...], within: str = "") -> None:
-    """Refuse what no known node could ever hold. With no node known, nothing can be said and nothing is refused.
+def refuse_infeasible(shape: Shape, asked: Resources, capacity: Capacity, within: str = "") -> None:
+    """Refuse what no node that is known, or could be added, could ever hold. With none known, nothing is refused.
 
     Args:
-        largest: per number of devices, the best that any node has.
+        shape: what a slot would lease.
+        asked: what was asked for, for words.
+        capacity: what there is.
 
     Raises:
-        Infeasible: names the largest and what it could hold.
+        Infeasible: says what would have to be otherwise, and what the nearest node is.
     """
-    if not largest:
+    refusal = capacity.refusal(shape.resources)
+    if refusal is None:
         return
-    if shape.gpus > len(largest):
-        raise Infeasible(
-            f"{within}resources.gpus: {shape.gpus} devices on one node are asked for; no node has more than {len(largest)}.",
-            gpus=shape.gpus,
-            gpus_max=len(largest),
-        )
-    best = largest[shape.gpus - 1]
-    if shape.memory_bytes > best.usable_bytes:
-        asked = format_memory(asked_bytes)
-        if shape.memory_bytes != asked_bytes:
-            asked += f" (a lease of {format_memory(shape.memory_bytes)})"
-        where = "The largest device," if shape.gpus == 1 else f"On {shape.gpus} devices at once, the largest,"
-        raise Infeasible(
-            f"{within}resources.memory: {asked} is more than any device here could ever hold. {where} {best.model} on "
-            f"{best.node}, can hold {best.usable_bytes / 2**30:.1f} GiB{' each' if shape.gpus > 1 else ''}.",
-            memory_bytes=shape.memory_bytes,
-            usable_bytes_max=best.usable_bytes,
-            node=best.node,
-        )
+    field = f"{within}resources.{refusal.field}"
+    more = {}
+    if refusal.usable_bytes:
+        more = {"memory_bytes": shape.memory_bytes, "usable_bytes_max": refusal.usable_bytes}
+    raise Infeasible(
+        f"{field}: {_amount(refusal.field, shape, asked)}{refusal.detail}",
+        reason=refusal.reason.value,
+        field=field,
+        node=refusal.node,
+        **more,
+    )
+
+
+def _amount(field: str, shape: Shape, asked: Resources) -> str:
+    """How much was asked for, where that is what is too much."""
+    match field:
+        case "memory":
+            lease = f" (a lease of {format_memory(shape.memory_bytes)})" if shape.memory_bytes != asked.memory_bytes else ""
+            return f"{format_memory(asked.memory_bytes)}{lease} is "
+        case "host_memory":
+            return f"{format_memory(asked.host_memory_bytes)} is "
+        case "cpus":
+            return f"{asked.cpu_milli / 1000:g} is "
+        case _:
+            return ""
 
 
 @lru_cache(maxsize=4096)
@@ -105,11 +115,11 @@ def _shape(tenant: str, environment: str, resources: Resources, max_tasks_per_sl
     return shape, shape_id(shape)
 
 
-def _memory(text: str | int, within: str) -> int:
+def _priority(asked: int | str, within: str) -> int:
     try:
-        return parse_memory(text)
+        return priority_of(asked)
     except ValueError as error:
-        field = f"{within}resources.memory"
+        field = f"{within}priority"
         raise BadRequest(f"{field}: {_short(error)}.", field=field) from None
 
 

@@ -1,4 +1,4 @@
-"""Routes of tasks: submit, read, wait, list, cancel, result, logs, explain.
+"""Routes of tasks: submit, read, wait, list, cancel, result, logs. Why one waits is `manager.api.foresight`'s.
 
 Handlers parse, call and encode. Every read names its tenant, and what belongs to another one does not exist.
 """
@@ -30,7 +30,6 @@ from manager.core.errors import (
     TooLarge,
     UnsupportedMediaType,
 )
-from manager.core.explain import Explanation, explain
 from manager.core.ids import is_id, new_id
 from manager.core.lifecycle import FINAL, TaskStatus
 from manager.core.model import Submission, TaskRecord
@@ -44,7 +43,7 @@ PAGE: Final = 100
 
 _encode = msgspec.json.Encoder().encode
 _STATUSES: Final = tuple(status.value for status in TaskStatus)
-_TENANT: Final = Parameter("tenant", "Another tenant's; only for admin keys.")
+TENANT: Final = Parameter("tenant", "Another tenant's; only for admin keys.")
 _GET: Final = ("wait", "args", "tenant")
 _LIST: Final = ("status", "function", "limit", "cursor", "tenant")
 _ONE: Final = ("tenant",)
@@ -100,8 +99,8 @@ class TaskRoutes:
         function = self._functions.known(request.function) or await self._functions.find(request.function)
         function.check(args, f"{within}args")
         submission = submission_of(request, function.published, tenant, new_id(), self._settings, within)
-        if (snapshot := self._watch.snapshot) is not None:
-            refuse_infeasible(submission.shape, submission.spec.resources.memory_bytes, snapshot.largest, within)
+        if (snapshot := self._watch.snapshot) is not None and not request.allow_infeasible:
+            refuse_infeasible(submission.shape, submission.spec.resources, snapshot.capacity, within)
         return submission
 
     async def _accept(self, tenant: str, submissions: list[Submission]) -> None:
@@ -123,7 +122,7 @@ class TaskRoutes:
     async def get(self, call: Call) -> Reply:
         """One task, at once or once it has ended: the other half of the hot path."""
         query = parse_query(call.query, _GET)
-        task_id, tenant = _addressed(call, query.get("tenant"))
+        task_id, tenant = addressed(call, query.get("tenant"))
         if "args" in query and yes_or_no(query, "args"):
             return Reply(200, _encode(view_of(await self._record(task_id, tenant), with_args=True)))
         ends = self._ends
@@ -148,7 +147,7 @@ class TaskRoutes:
 
     async def cancel(self, call: Call) -> Reply:
         """Ask for a task's end."""
-        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        task_id, tenant = addressed(call, parse_query(call.query, _ONE).get("tenant"))
         status = await self._store.cancel(task_id, tenant)
         if status is None:
             raise NotFound(_NOT_THERE)
@@ -157,7 +156,7 @@ class TaskRoutes:
 
     async def result(self, call: Call) -> Reply:
         """What the function returned, as it is."""
-        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        task_id, tenant = addressed(call, parse_query(call.query, _ONE).get("tenant"))
         record = await self._record(task_id, tenant)
         match record.status:
             case TaskStatus.SUCCEEDED:
@@ -177,22 +176,10 @@ class TaskRoutes:
 
     async def logs(self, call: Call) -> Reply:
         """What the newest attempt has written."""
-        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        task_id, tenant = addressed(call, parse_query(call.query, _ONE).get("tenant"))
         await self._record(task_id, tenant)
         out, err, dropped = await self._store.log(task_id)
         return Reply(200, _encode(TaskLog(task_id, out.decode(errors="replace"), err.decode(errors="replace"), dropped)))
-
-    async def explain(self, call: Call) -> Reply:
-        """Why the task is where it is."""
-        task_id, tenant = _addressed(call, parse_query(call.query, _ONE).get("tenant"))
-        record = await self._record(task_id, tenant)
-        snapshot = await self._watch.fresh()
-        position = None
-        if record.status is TaskStatus.QUEUED:
-            position = await self._store.position(record.shape_id, record.score)
-        now_ms = snapshot.store_now_ms()
-        found = explain(record, snapshot.state, snapshot.index, position, now_ms, snapshot.silent)
-        return Reply(200, _encode(found))
 
     async def page(self, call: Call) -> Reply:
         """Tasks of a tenant, newest first."""
@@ -247,33 +234,28 @@ class TaskRoutes:
                     Parameter("function", "Only tasks of this function."),
                     Parameter("limit", f"Tasks of one page, 1 to {PAGE_MAX}; {PAGE} unless given.", "integer", most=PAGE_MAX),
                     Parameter("cursor", "Where to go on: `next_cursor` of the page before, with the same filters and key."),
-                    _TENANT,
+                    TENANT,
                 ),
             ),
             Operation(
                 name="get_task", method="GET", path=one, access=KeyScope.READ, handler=self.get,
                 summary="Get a task, at once or once it has ended.", answer=TaskView, errors=(NotFound,),
-                query=(wait, Parameter("args", "Whether to show its arguments.", "boolean"), _TENANT),
+                query=(wait, Parameter("args", "Whether to show its arguments.", "boolean"), TENANT),
             ),
             Operation(
                 name="cancel_task", method="POST", path=f"{one}/cancel", access=KeyScope.USER, handler=self.cancel,
                 summary="Cancel a task: at once if it waits; a running one is ended within seconds.",
-                answer=Cancelled, errors=(NotFound,), query=(_TENANT,),
+                answer=Cancelled, errors=(NotFound,), query=(TENANT,),
             ),
             Operation(
                 name="get_result", method="GET", path=f"{one}/result", access=KeyScope.READ, handler=self.result,
                 summary="Get what the function returned, as it is.", answer=msgspec.Raw,
-                errors=(NotFound, NotFinished, TaskFailed, TaskCancelled), query=(_TENANT,),
+                errors=(NotFound, NotFinished, TaskFailed, TaskCancelled), query=(TENANT,),
             ),
             Operation(
                 name="get_logs", method="GET", path=f"{one}/logs", access=KeyScope.READ, handler=self.logs,
                 summary="Get what the newest attempt wrote to stdout and stderr.", answer=TaskLog,
-                errors=(NotFound,), query=(_TENANT,),
-            ),
-            Operation(
-                name="explain_task", method="GET", path=f"{one}/explain", access=KeyScope.READ, handler=self.explain,
-                summary="Explain why a task is where it is, with a verdict for each node.", answer=Explanation,
-                errors=(NotFound,), query=(_TENANT,),
+                errors=(NotFound,), query=(TENANT,),
             ),
         )  # fmt: skip
 
@@ -294,7 +276,7 @@ def tenant_of(call: Call, asked: str | None) -> str:
     return asked
 
 
-def _addressed(call: Call, asked_tenant: str | None) -> tuple[str, str]:
+def addressed(call: Call, asked_tenant: str | None) -> tuple[str, str]:
     """The task and the tenant that are meant.
 
     Raises:

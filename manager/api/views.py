@@ -17,10 +17,11 @@ from manager.core.answers import (
     TaskCounts,
     WorkerState,
     WorkerView,
+    resources_view,
     utc_or_none,
 )
 from manager.core.devices import Device
-from manager.core.index import Pool
+from manager.core.index import DeviceView as LedgerDevice
 from manager.core.lifecycle import Cordon, SlotKind, SlotStatus, TaskStatus
 from manager.core.model import DeviceUse, NodeRow, SlotRow
 from manager.core.quantities import format_duration
@@ -106,6 +107,7 @@ def queues(snapshot: Snapshot, tenant: str | None) -> tuple[QueueView, ...]:
                 tenant=row.shape.tenant,
                 memory_bytes=row.shape.memory_bytes,
                 gpus=row.shape.gpus,
+                resources=resources_view(row.resources),
                 depth=row.depth,
                 slots_open=sum(1 for slot in slots if slot.status is SlotStatus.OPEN),
                 slots_opening=sum(1 for slot in slots if slot.status is SlotStatus.REQUESTED),
@@ -247,7 +249,7 @@ def _worker(row: NodeRow, snapshot: Snapshot) -> WorkerView:
     own = _slots_on(row.node, snapshot)
     uses = {use.uuid: use for use in row.uses}
     view = snapshot.index.nodes.get(row.node)
-    pools = view.pools if view is not None else {}
+    ledger = view.devices if view is not None else {}
     return WorkerView(
         node=row.node,
         state=worker_state(row, snapshot),
@@ -258,10 +260,15 @@ def _worker(row: NodeRow, snapshot: Snapshot) -> WorkerView:
         tasks_running=sum(slot.running for slot in own),
         readings_age_s=_age_s(row, snapshot),
         devices=tuple(
-            _device(device, pools.get(device.uuid), uses.get(device.uuid), row.info.reserve_bytes)
+            _device(device, ledger.get(device.uuid), uses.get(device.uuid), row.info.reserve_bytes)
             for device in row.info.devices
         ),
         group=row.info.group,
+        labels=dict(row.info.labels),
+        cpus=row.info.cpus,
+        host_memory_bytes=row.info.host_memory_bytes,
+        cpus_leased=0.0 if view is None else (view.cpu_milli - view.cpu_free_milli) / 1000,
+        host_leased_bytes=0 if view is None else view.host_memory_bytes - view.host_free_bytes,
         cordon=row.cordon.value,
         cordoned_by=row.cordon_by,
         cordoned_at=utc_or_none(row.cordon_ms),
@@ -270,8 +277,9 @@ def _worker(row: NodeRow, snapshot: Snapshot) -> WorkerView:
     )
 
 
-def _device(device: Device, pool: Pool | None, use: DeviceUse | None, reserve_bytes: int) -> DeviceView:
+def _device(device: Device, ledger: LedgerDevice | None, use: DeviceUse | None, reserve_bytes: int) -> DeviceView:
     usable = max(0, device.memory_bytes - reserve_bytes)
+    pool = None if ledger is None else ledger.pool
     return DeviceView(
         uuid=device.uuid,
         index=device.index,
@@ -283,6 +291,10 @@ def _device(device: Device, pool: Pool | None, use: DeviceUse | None, reserve_by
         leased_bytes=0 if pool is None else sum(pool.leases.values()),
         foreign_bytes=0 if pool is None else pool.foreign_bytes,
         free_bytes=0 if pool is None else pool.free_bytes,
+        share_leased=0.0 if ledger is None else sum(ledger.slots.values()) / 1000,
+        exclusive=ledger is not None and bool(ledger.alone & ledger.slots.keys()),
+        partition=device.partition,
+        pool=device.pool,
         used_bytes=None if use is None else use.used_bytes,
         utilisation_ratio=None if use is None else use.utilisation_ratio,
         temperature_celsius=None if use is None else use.temperature_celsius,

@@ -12,7 +12,8 @@ import msgspec
 
 from manager.core.answers import DependencyState, DependencyView, LeaderView, utc
 from manager.core.index import Index, index_of
-from manager.core.model import ClusterState, NodeRow
+from manager.core.model import ClusterState, NodeInfo, NodeRow
+from manager.core.node_kinds import Capacity
 from manager.core.packing import PackGroup
 from manager.settings import AutoscalerSettings, ControllerSettings, NodeSettings
 from manager.store import Store
@@ -25,21 +26,13 @@ AUTOSCALER: Final = "autoscaler"
 """The role of autoscalers, who have a leader of their own."""
 
 
-class Largest(msgspec.Struct, frozen=True):
-    """The node that could promise most memory on each of a number of devices at once."""
-
-    usable_bytes: int
-    node: str
-    model: str
-
-
 class Snapshot(msgspec.Struct, frozen=True):
     """One look.
 
     Attributes:
         index: the ledger that follows from `state`; nobody may change it.
         silent: nodes whose beat has not changed for a lease, or that were never seen to beat for so long.
-        largest: per number of devices (from 1), the best that any known node has.
+        capacity: what the known nodes could hold were they empty; the same object until what there is has changed.
         at_s: when, on this process's monotonic clock.
         registration_s: a Dask worker that has not reported for so long has failed to register.
         dependencies: how the parts are that others need.
@@ -48,7 +41,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     state: ClusterState
     index: Index
     silent: frozenset[str]
-    largest: tuple[Largest, ...]
+    capacity: Capacity
     leader: LeaderView
     fsync: str
     at_s: float
@@ -102,6 +95,8 @@ class ClusterWatch:
         self._scaler: _Seen | None = None
         self._since: dict[str, tuple[DependencyState, int]] = {}
         self._fsync = ("unknown", float("-inf"))
+        self._there: tuple[tuple[str, NodeInfo], ...] = ()
+        self._capacity = Capacity({})
         self._looking: asyncio.Task[Snapshot] | None = None
         self.snapshot: Snapshot | None = None
 
@@ -144,7 +139,7 @@ class ClusterWatch:
             state=state,
             index=index_of(state),
             silent=silent,
-            largest=_largest(state, self._groups),
+            capacity=self._capacity_of(state),
             leader=LeaderView(holder, token, leads),
             fsync=self._fsync[0],
             at_s=now_s,
@@ -155,6 +150,14 @@ class ClusterWatch:
             ),
         )
         return self.snapshot
+
+    def _capacity_of(self, state: ClusterState) -> Capacity:
+        """What there could be room for. With no node known nothing can be said: some may be on their way."""
+        there = tuple((row.node, row.info) for row in state.nodes if not row.left)
+        if there != self._there:
+            groups = [(group.name, group.kind) for group in self._groups if group.nodes_max]
+            self._there, self._capacity = there, Capacity.of(there, groups if there else ())
+        return self._capacity
 
     def _note_states(self, states: dict[str, tuple[DependencyState, str]], state: ClusterState) -> None:
         """Remember since when each part is as it is; of Dask the leader knows better."""
@@ -202,27 +205,3 @@ def _beating(seen: _Seen, holder: str, now_s: float, term_s: float) -> bool | No
     if now_s - seen.at_s >= term_s:
         return False
     return True if seen.changed else None
-
-
-def _largest(state: ClusterState, groups: tuple[PackGroup, ...]) -> tuple[Largest, ...]:
-    """For 1, 2, … devices: the most memory that one node, there or added, could promise on each of so many, were it empty."""
-    best: list[Largest] = []
-
-    def offer(rank: int, usable: int, node: str, model: str) -> None:
-        if rank == len(best):
-            best.append(Largest(usable, node, model))
-        elif usable > best[rank].usable_bytes:
-            best[rank] = Largest(usable, node, model)
-
-    for row in state.nodes:
-        if row.left:
-            continue
-        reserve = row.info.reserve_bytes
-        devices = sorted(row.info.devices, key=lambda device: -device.memory_bytes)
-        for rank, device in enumerate(devices):
-            offer(rank, max(0, device.memory_bytes - reserve), row.node, device.model)
-    if best:  # with no node known, nothing can be said
-        for group in groups:
-            for rank, usable in enumerate(group.kind.sizes if group.nodes_max else ()):
-                offer(rank, usable, f"a node of group {group.name}", "device")
-    return tuple(best)

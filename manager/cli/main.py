@@ -29,6 +29,7 @@ CLUSTER: Final = "manager.cli.cluster"
 TASKS: Final = "manager.cli.tasks"
 PROCESSES: Final = "manager.cli.processes"
 WORKERS: Final = "manager.cli.workers"
+FORESIGHT: Final = "manager.cli.foresight"
 
 SECTIONS: Final[dict[str, dict[str, Entry]]] = {
     "A cluster on this machine": {
@@ -42,6 +43,7 @@ SECTIONS: Final[dict[str, dict[str, Entry]]] = {
         "show": Entry(f"{TASKS}:show", "All about one, with its result"),
         "logs": Entry(f"{TASKS}:logs", "What one has written"),
         "explain": Entry(f"{TASKS}:explain", "Why one is where it is"),
+        "plan": Entry(f"{FORESIGHT}:plan", "What would happen to one that is not submitted"),
         "cancel": Entry(f"{TASKS}:cancel", "End some"),
         "functions": Entry(f"{TASKS}:functions", "What tasks can run"),
     },
@@ -56,9 +58,12 @@ SECTIONS: Final[dict[str, dict[str, Entry]]] = {
         "status": Entry(f"{CLUSTER}:status", "Tasks, devices and problems"),
         "top": Entry("manager.cli.top:top", "The same, live"),
         "workers": Entry(f"{CLUSTER}:workers", "Nodes and their devices"),
+        "tenants": Entry("manager.cli.tenants:tenants", "What each has at work, and may have"),
         "keys": Entry("manager.cli.keys:keys", "Make, list and revoke API keys"),
         "certs": Entry("manager.cli.certs:certs", "Make the certificates for TLS"),
         "doctor": Entry("manager.cli.doctor:doctor_command", "What is wrong here, and what to do about it"),
+        "snapshot": Entry(f"{FORESIGHT}:snapshot", "All that decides about placement now, as a file"),
+        "replay": Entry(f"{FORESIGHT}:replay", "Decide again on a snapshot, under any policy"),
         "autoscaler": Entry("manager.cli.autoscaler:autoscaler", "Adds and removes nodes: its process, and its decisions"),
         "version": Entry(f"{CLUSTER}:version", "Versions of Rocyard and of what it runs on"),
     },

@@ -26,9 +26,10 @@ def run_role(role: str, settings: Settings) -> int:
 
             return run_controller(settings, run_slot)
         case "scheduler":
+            from manager.policies import policy_named
             from plugins.scheduler_process import run as run_scheduler
 
-            return run_scheduler(settings)
+            return run_scheduler(settings, policy_named(settings.placement.policy))
         case "node":
             from plugins.node.process import run as run_node
 

@@ -7,7 +7,7 @@ from typing import Final
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from manager.cli.screens_tasks import STYLES, plain_table
+from manager.cli.screens_tasks import STYLES, needs, plain_table
 from manager.cli.text import NONE, ago, bar, clock, count, memory, one_line, plain, seconds
 from manager.core.answers import (
     ClusterView,
@@ -132,7 +132,7 @@ def _queue_table(queues: Sequence[QueueView], *, tenants: bool) -> RenderableTyp
         opening = f" +{queue.slots_opening} opening" if queue.slots_opening else ""
         table.add_row(
             Text(f"{queue.depth:,}"),
-            Text(memory(queue.memory_bytes, queue.gpus)),
+            Text(one_line(needs(queue), 30)),
             *([Text(one_line(queue.tenant, 16))] if tenants else []),
             Text(f"{queue.slots_open} open{opening}"),
             Text(seconds(queue.oldest_wait_s)),
@@ -152,6 +152,9 @@ def workers_screen(workers: Sequence[WorkerView]) -> RenderableType:
         for device in worker.devices:
             table.add_row(*_device_row(device))
             notes += _device_notes(worker.node, device)
+        if worker.labels:
+            labels = ", ".join(f"{name}={value}" for name, value in sorted(worker.labels.items()))
+            notes.append(Text(f"  {one_line(worker.node, 24)}: labels {one_line(labels)}", "dim"))
         notes += _drain_notes(worker)
     return Group(table, *notes)
 
@@ -207,6 +210,10 @@ def _device_notes(node: str, device: DeviceView) -> list[RenderableType]:
     if device.foreign_bytes:
         foreign = f"{where}{format_memory(device.foreign_bytes)} are used by processes that are none of ours"
         notes.append(Text.assemble(foreign, (f" ({_FOREIGN})", "red")))
+    if device.exclusive:
+        notes.append(Text(f"{where}a slot has it for itself", "dim"))
+    elif device.share_leased:
+        notes.append(Text(f"{where}{device.share_leased:.0%} of its compute is leased", "dim"))
     return notes
 
 

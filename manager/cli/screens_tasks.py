@@ -13,12 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from manager.cli.text import NONE, ago, arguments_of, clock, count, memory, one_line, plain, seconds, span
-from manager.core.answers import Cancelled, FunctionView, TaskSummary, TaskView
-from manager.core.explain import Explanation
+from manager.cli.text import NONE, ago, arguments_of, clock, count, memory, one_line, plain, span
+from manager.core.answers import Cancelled, FunctionView, QueueView, TaskSummary, TaskView, resources_in
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskError
 from manager.core.quantities import format_duration
+from manager.core.wanted import more_words_of
 
 RESULT_CHARS_MAX: Final = 4000
 """A screen or two; `--output json` has all of it."""
@@ -89,7 +89,7 @@ def task_screen(task: TaskView) -> RenderableType:
         ("status", Text(task.status + (" (cancelling)" if _cancelling(task) else ""), STYLES[task.status])),
         ("function", Text(one_line(task.function))),
         ("tenant", Text(one_line(task.tenant))),
-        ("needs", Text(f"{memory(task.memory_bytes, task.gpus)}, at most {format_duration(task.time_limit_s)}")),
+        ("needs", Text(f"{needs(task)}, at most {format_duration(task.time_limit_s)}")),
         ("node", Text(one_line(task.node or NONE))),
         ("attempt", Text(f"{task.attempt}" + (f" ({blame})" if blame else ""))),
         ("submitted", Text(clock(task.created_at))),
@@ -106,6 +106,13 @@ def task_screen(task: TaskView) -> RenderableType:
     if task.error is not None:
         parts.append(error_text(task.error))
     return Group(*parts)
+
+
+def needs(view: TaskView | FunctionView | QueueView) -> str:
+    """What is asked for; words that came from users are made safe."""
+    text = memory(view.memory_bytes, view.gpus)
+    more = "" if view.resources is None else more_words_of(resources_in(view.resources))
+    return f"{text}, {one_line(more)}" if more else text
 
 
 def _cancelling(task: TaskView) -> bool:
@@ -145,37 +152,15 @@ def cancelled_line(answer: Cancelled) -> str:
     return f"{answer.task_id} had ended already ({answer.status})"
 
 
-def explanation_screen(found: Explanation) -> RenderableType:
-    """Why a task is where it is, with a row for each node."""
-    head = Text.assemble((found.status, STYLES[found.status]), "  ", (found.reason, "bold"))
-    pairs: list[tuple[str, RenderableType]] = [("needs", Text(memory(found.memory_bytes, found.gpus)))]
-    if found.wait_s is not None:
-        pairs.append(("waits", Text(seconds(found.wait_s))))
-    if found.position is not None:
-        pairs.append(("position", Text("next" if found.position == 0 else f"{found.position} before it")))
-    if found.slots_open or found.slots_opening:
-        opening = f", {found.slots_opening} opening" if found.slots_opening else ""
-        pairs.append(("slots", Text(f"{found.slots_open} open{opening}")))
-    parts: list[RenderableType] = [head, Text(plain(found.message)), Text(), fields(pairs)]
-    if found.workers:
-        table = plain_table("NODE", "VERDICT", "")
-        table.columns[2].no_wrap = False
-        for worker in found.workers:
-            style = "green" if worker.verdict == "Fits" else "yellow"
-            table.add_row(Text(one_line(worker.node, 24)), Text(worker.verdict, style), Text(plain(worker.detail)))
-        parts += [Text(), table]
-    return Group(*parts)
-
-
 def functions_screen(functions: Sequence[FunctionView]) -> RenderableType:
     """Every function with its arguments and defaults."""
     if not functions:
         return Text("No functions yet: a node's agent publishes them when it has started.")
     parts: list[RenderableType] = []
     for function in functions:
-        needs = f"{memory(function.memory_bytes, function.gpus)}, at most {format_duration(function.time_limit_s)}"
+        wants = f"{needs(function)}, at most {format_duration(function.time_limit_s)}"
         schema = msgspec.json.decode(function.schema)
-        lines: list[RenderableType] = [Text.assemble((plain(function.name), "bold"), (f"  {needs}", "dim"))]
+        lines: list[RenderableType] = [Text.assemble((plain(function.name), "bold"), (f"  {wants}", "dim"))]
         if function.description:
             lines.append(indented(Text(one_line(function.description))))
         arguments = ", ".join(arguments_of(schema if isinstance(schema, dict) else None))

@@ -156,10 +156,10 @@ def _head(view: ClusterView, speed: Rates, look: Look, url: str) -> list[Text]:
         lines.append(Text.assemble(("● ", "green"), "all is well"))
     busy = sum(1 for slot in view.slots if slot.running)
     slots = Text.assemble(("Slots   ", "bold"), f"{len(view.slots):,} open   {busy:,} busy")
-    devices = [device for worker in view.workers for device in worker.devices]
-    if devices:
-        total = _bytes(devices)
-        slots.append(f"   {format_memory(total.leased)} of {format_memory(total.usable)} leased")
+    if any(worker.devices for worker in view.workers):
+        nodes = [_bytes(worker.devices) for worker in view.workers]
+        leased, usable = sum(node.leased for node in nodes), sum(node.usable for node in nodes)
+        slots.append(f"   {format_memory(leased)} of {format_memory(usable)} leased")
     return [*lines, tasks_line(view.tasks), _speed(speed), slots, *_autoscaler(view)]
 
 
@@ -261,12 +261,16 @@ def _order(worker: WorkerView, sort: Sort) -> tuple[float, str]:
 
 
 def _bytes(devices: Sequence[DeviceView]) -> Bytes:
-    """The sum over devices. What cannot be read is taken to be used as leased."""
+    """The sum over devices of one node; memory that several share counts once.
+
+    What cannot be read is taken to be used as leased.
+    """
+    parts = {device.pool or at: device for at, device in enumerate(devices)}.values()
     return Bytes(
-        usable=sum(device.usable_bytes for device in devices),
-        leased=sum(device.leased_bytes for device in devices),
-        used=sum(_used(device) for device in devices),
-        foreign=sum(device.foreign_bytes for device in devices),
+        usable=sum(part.usable_bytes for part in parts),
+        leased=sum(part.leased_bytes for part in parts),
+        used=sum(_used(part) for part in parts),
+        foreign=sum(part.foreign_bytes for part in parts),
     )
 
 

@@ -1,10 +1,11 @@
 """Commands about tasks and functions. Each parses, calls the client, and prints."""
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from manager.cli.exits import Exit, exit_of
+from manager.cli.needs import needs_of, with_needs
 from manager.cli.session import Session, command, print_json, read_object
 from manager.core.errors import RocyardError
 
@@ -20,11 +21,11 @@ _tenant = click.option("--tenant", help="Whose it is, where it is another tenant
 @command("submit", client=True)
 @click.argument("function")
 @click.argument("args", default="{}")
-@click.option("-m", "--memory", metavar="SIZE", help="Memory on each device, such as 24GiB; else the function's default.")
-@click.option("-g", "--gpus", type=click.IntRange(min=1), help="Devices, all on one node; else the function's default.")
-@click.option("-p", "--priority", type=click.IntRange(-10, 10), default=0, help="Higher first; 0 if left out.")
+@with_needs
+@click.option("-p", "--priority", default="0", metavar="PRIORITY", help="-10 to 10, or low, normal, high, urgent; 0.")
 @click.option("--max-attempts", type=click.IntRange(1, 100), default=1, help="Runs it may have if it fails; 1.")
 @click.option("--time-limit", metavar="TIME", help="Longest that one run may take, such as 5m.")
+@click.option("--allow-infeasible", is_flag=True, help="Take it although no known node could ever hold it; it waits.")
 @click.option("-w", "--wait", is_flag=True, help="Wait for its end and print its result.")
 @click.option("--timeout", metavar="TIME", help="With --wait: how long at most.")
 def submit(
@@ -32,13 +33,13 @@ def submit(
     *,
     function: str,
     args: str,
-    memory: str | None,
-    gpus: int | None,
-    priority: int,
+    priority: str,
     max_attempts: int,
     time_limit: str | None,
+    allow_infeasible: bool,
     wait: bool,
     timeout: str | None,
+    **needs: Any,
 ) -> int:
     """Submit a task that runs FUNCTION, and print its id.
 
@@ -46,16 +47,18 @@ def submit(
     functions and what they take.
     """
     timeout_s = _timeout(timeout, wait=wait)
+    number = priority_number(priority)
+    wanted = needs_of(needs)
     values = read_object(args)
     with session.client() as client:
         task = client.submit(
             function,
             values,
-            memory=int(memory) if memory is not None and memory.isdigit() else memory,
-            gpus=gpus,
-            priority=priority,
+            priority=number,
             max_attempts=max_attempts,
             time_limit=time_limit,
+            allow_infeasible=allow_infeasible,
+            **wanted,
         )
         if not wait:
             view = {"task_id": task.task_id}
@@ -66,6 +69,20 @@ def submit(
             return Exit.OK
         session.note(f"task {task.task_id}")
         return _wait_and_print(session, client, task.task_id, timeout_s)
+
+
+def priority_number(text: str) -> int:
+    """The number of a priority that may be given by its name."""
+    from manager.core.model import PRIORITY_MAX
+    from manager.core.requests import priority_of
+
+    try:
+        number = int(text) if text.lstrip("+-").isdecimal() else priority_of(text)
+    except ValueError as error:
+        raise click.UsageError(f"--priority: {error}") from error
+    if not -PRIORITY_MAX <= number <= PRIORITY_MAX:
+        raise click.UsageError(f"--priority: {number} is not from -{PRIORITY_MAX} to {PRIORITY_MAX}")
+    return number
 
 
 def _timeout(text: str | None, *, wait: bool) -> float | None:
@@ -171,7 +188,7 @@ def logs(session: Session, *, task: str, tenant: str | None) -> int:
 @_tenant
 def explain(session: Session, *, task: str, tenant: str | None) -> int:
     """Why TASK is where it is, and what each node says to it."""
-    from manager.cli.screens_tasks import explanation_screen
+    from manager.cli.screens_foresight import explanation_screen
 
     with session.client() as client:
         session.emit(client.explain(task, tenant=tenant), explanation_screen)

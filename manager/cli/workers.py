@@ -1,11 +1,12 @@
 """Commands that say what nodes may take on, and which slots are open ahead of need. All go over the REST API."""
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from manager.cli.exits import Exit
+from manager.cli.needs import needs_of, with_needs
 from manager.cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -87,14 +88,14 @@ def _wait_until_empty(client: "Client", node: str, view: "WorkerView | None", *,
     "--slots", type=click.IntRange(0, 10_000), default=1, help="How many; 1 if left out, 0: no more than work asks for."
 )
 @click.option("--for", "seconds", metavar="DURATION", required=True, help="For how long, such as 10m.")
-@click.option("-m", "--memory", metavar="SIZE", help="Of each slot, such as 24GiB; the function's if left out.")
-@click.option("-g", "--gpus", type=click.IntRange(1, 64), help="Devices of each slot; the function's if left out.")
-def warm(session: Session, *, function: str | None, slots: int, seconds: str, memory: str | None, gpus: int | None) -> int:
+@with_needs
+def warm(session: Session, *, function: str | None, slots: int, seconds: str, **needs: Any) -> int:
     """Keep slots open for FUNCTION (or for a size) although nothing waits, so that its next tasks start at once.
 
     They end, the last of all idle ones, where other work waits for their memory.
     """
-    if function is None and memory is None:
+    wanted = needs_of(needs)
+    if function is None and "memory" not in wanted:
         raise click.UsageError("name a function, or a size with --memory")
 
     def said(view: "WarmView") -> str:
@@ -104,18 +105,18 @@ def warm(session: Session, *, function: str | None, slots: int, seconds: str, me
         return f"{what} of {memory(view.memory_bytes, view.gpus)} kept open until {clock(view.until_at)}"
 
     with session.client() as client:
-        session.emit(client.warm(function, slots=slots, for_=seconds, memory=memory, gpus=gpus), said)
+        session.emit(client.warm(function, slots=slots, for_=seconds, **wanted), said)
     return Exit.OK
 
 
 @command("unload", client=True)
 @click.argument("function", required=False)
 @click.option("--all", "everything", is_flag=True, help="Those of every function.")
-@click.option("-m", "--memory", metavar="SIZE", help="Those of that size; the function's if left out.")
-@click.option("-g", "--gpus", type=click.IntRange(1, 64), help="With so many devices; the function's if left out.")
-def unload(session: Session, *, function: str | None, everything: bool, memory: str | None, gpus: int | None) -> int:
+@with_needs
+def unload(session: Session, *, function: str | None, everything: bool, **needs: Any) -> int:
     """Close idle slots for FUNCTION now, and with them the models that they have loaded."""
-    if everything == (function is not None or memory is not None):
+    wanted = needs_of(needs)
+    if everything == (function is not None or "memory" in wanted):
         raise click.UsageError("name a function, or a size with --memory, or say --all")
 
     def said(view: "Unloaded") -> str:
@@ -124,5 +125,5 @@ def unload(session: Session, *, function: str | None, everything: bool, memory: 
         return f"{count(view.slots, 'idle slot')} of {count(view.shapes, 'shape')} to be closed"
 
     with session.client() as client:
-        session.emit(client.unload(function, all=everything, memory=memory, gpus=gpus), said)
+        session.emit(client.unload(function, all=everything, **wanted), said)
     return Exit.OK

@@ -13,6 +13,7 @@ import msgspec
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskError, TaskRecord
 from manager.core.requests import KeyScope
+from manager.core.shapes import Resources
 
 AnyJson = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={})]
 """Any JSON, undecoded. (As one of a union, msgspec would not take it.)"""
@@ -65,17 +66,46 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     error: TaskError | None = None
 
 
+class ResourcesView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is asked for of one node; what is not, is left out.
+
+    Attributes:
+        memory_bytes: on each device.
+        gpus: how many devices.
+        share: of the compute of each device, 0 to 1.
+        architecture: of which each device must have one.
+        device_model: what its model must be called.
+        labels: what the node's labels must be.
+        cpus, host_memory_bytes: of the node.
+        exclusive: nobody else may have anything on the devices.
+        model: what should be loaded already.
+    """
+
+    memory_bytes: int
+    gpus: int = 1
+    share: float = 0  # no 0.0: a default is left out where it is the same object
+    architecture: tuple[str, ...] = ()
+    device_model: str = ""
+    labels: dict[str, str] = {}
+    cpus: float = 0
+    host_memory_bytes: int = 0
+    exclusive: bool = False
+    model: str = ""
+
+
 class TaskView(TaskSummary, frozen=True, kw_only=True):
     """A task.
 
     Attributes:
         memory_bytes: on each device, as asked for.
+        resources: all that was asked for.
         args: only where ``?args=true`` asks for them.
         result: what the function returned, once it has; null until then.
     """
 
     memory_bytes: int
     gpus: int
+    resources: ResourcesView | None = None
     priority: int
     max_attempts: int
     time_limit_s: float
@@ -116,6 +146,7 @@ class FunctionView(msgspec.Struct, frozen=True, kw_only=True):
     """A function that tasks may name.
 
     Attributes:
+        resources: what a task of it asks for unless it says otherwise.
         schema: JSON Schema of its arguments; null where it cannot be used.
         problem: why it cannot be used at the moment, else empty.
     """
@@ -124,6 +155,7 @@ class FunctionView(msgspec.Struct, frozen=True, kw_only=True):
     description: str
     memory_bytes: int
     gpus: int
+    resources: ResourcesView | None = None
     time_limit_s: float
     schema: AnyJson = msgspec.field(default_factory=no_result)
     problem: str = ""
@@ -143,6 +175,10 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
         leased_bytes: promised to slots.
         foreign_bytes: used by processes that are none of ours.
         free_bytes: what can be promised now; negative where others took what was promised.
+        share_leased: of its compute, 0 to 1, to slots that asked for a share.
+        exclusive: whether a slot has it for itself.
+        partition: which part of a physical device it is; empty: a whole one.
+        pool: names the memory that it shares with other devices of the node, of which the figures are then; empty: its own.
         used_bytes: in use by anybody; null without a reading.
     """
 
@@ -156,6 +192,10 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
     leased_bytes: int
     foreign_bytes: int
     free_bytes: int
+    share_leased: float = 0.0
+    exclusive: bool = False
+    partition: str = ""
+    pool: str = ""
     used_bytes: int | None = None
     utilisation_ratio: float | None = None
     temperature_celsius: float | None = None
@@ -185,6 +225,9 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
         source: what its devices are: amd, nvidia or simulated.
         readings_age_s: how old what is said of its devices is; null without readings.
         group: of the autoscaler; empty: none.
+        labels: the operator's.
+        cpus, host_memory_bytes: of its host; 0: not known.
+        cpus_leased, host_leased_bytes: of these, to slots that asked for them.
         cordon: what it may not take on: empty, ``cordon`` (new slots), ``drain`` (open ones end too).
         cordoned_by: ``operator``, ``autoscaler``, or ``agent``: it is being stopped.
         deadline_at: when a drain gives running tasks back to the queue; null: it waits for them.
@@ -201,6 +244,11 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     readings_age_s: float | None = None
     devices: tuple[DeviceView, ...] = ()
     group: str = ""
+    labels: dict[str, str] = {}
+    cpus: int = 0
+    host_memory_bytes: int = 0
+    cpus_leased: float = 0.0
+    host_leased_bytes: int = 0
     cordon: str = ""
     cordoned_by: str = ""
     cordoned_at: Time | None = None
@@ -231,6 +279,7 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         memory_bytes: what a slot leases on each device: what was asked for, rounded up.
+        resources: all that a slot leases.
         oldest_wait_s: since its first task was queued; null where none waits.
         run_s: learned run time of its tasks; null where none has ended.
         slots_warm: how many are to be open although nothing waits.
@@ -240,6 +289,7 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     memory_bytes: int
     gpus: int
+    resources: ResourcesView | None = None
     depth: int
     slots_open: int
     slots_opening: int
@@ -385,6 +435,37 @@ class KeyList(msgspec.Struct, frozen=True):
     keys: tuple[KeyView, ...]
 
 
+class TenantView(msgspec.Struct, frozen=True, kw_only=True):
+    """A tenant: what it has, what it may have, and its part where room is short. A limit of null is none.
+
+    Attributes:
+        tasks_active: not finished: those that wait, run, or are to be tried again.
+        gpus: devices of its slots at work, each slot's counted for itself; an idle slot's are not.
+        memory_bytes: device memory that these slots lease together.
+        weight: with twice the weight it gets twice as much as another, where both want more than there is.
+        device_seconds: what it has had, by its weight and beside that of others; null where nothing of it is unfinished.
+    """
+
+    tenant: str
+    tasks_active: int
+    tasks_waiting: int
+    tasks_running: int
+    gpus: int
+    memory_bytes: int
+    active_tasks_max: int
+    running_tasks_max: int | None
+    gpus_max: int | None
+    memory_bytes_max: int | None
+    weight: float
+    device_seconds: float | None
+
+
+class TenantList(msgspec.Struct, frozen=True):
+    """Tenants with unfinished tasks, and those that the settings name, by name."""
+
+    tenants: tuple[TenantView, ...]
+
+
 class Live(msgspec.Struct, frozen=True):
     """The process answers."""
 
@@ -438,6 +519,38 @@ def utc_or_none(ms: int | None) -> dt.datetime | None:
     return None if ms is None else dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
 
 
+def resources_view(resources: Resources) -> ResourcesView:
+    """What was asked for, as people read it."""
+    return ResourcesView(
+        memory_bytes=resources.memory_bytes,
+        gpus=resources.gpus,
+        share=resources.share_milli / 1000 or 0,
+        architecture=resources.architectures,
+        device_model=resources.device_model,
+        labels=dict(resources.labels),
+        cpus=resources.cpu_milli / 1000 or 0,
+        host_memory_bytes=resources.host_memory_bytes,
+        exclusive=resources.exclusive,
+        model=resources.model,
+    )
+
+
+def resources_in(view: ResourcesView) -> Resources:
+    """What `view` was made of."""
+    return Resources(
+        memory_bytes=view.memory_bytes,
+        gpus=view.gpus,
+        share_milli=round(view.share * 1000),
+        architectures=view.architecture,
+        device_model=view.device_model,
+        labels=tuple(sorted(view.labels.items())),
+        cpu_milli=round(view.cpus * 1000),
+        host_memory_bytes=view.host_memory_bytes,
+        exclusive=view.exclusive,
+        model=view.model,
+    )
+
+
 def summary_of(record: TaskRecord) -> TaskSummary:
     """The record as a list shows it."""
     return TaskSummary(
@@ -466,6 +579,7 @@ def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
         **msgspec.structs.asdict(summary_of(record)),
         memory_bytes=spec.resources.memory_bytes,
         gpus=spec.resources.gpus,
+        resources=resources_view(spec.resources),
         priority=spec.priority,
         max_attempts=spec.max_attempts,
         time_limit_s=spec.time_limit_s,

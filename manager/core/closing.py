@@ -3,9 +3,11 @@
 Victims come from the ledger: slots on one node whose end makes the shape fit there. What they give back is kept for whom they
 ended: otherwise small shapes would take each piece as it comes, and a large one would never see them all together.
 Slots that are kept warm end for work that waits, the last of all idle ones; nothing ends so that others can be kept warm.
+Where no slot may be asked to end, who stands first in the line has room kept on one node all the same: what ends there by
+itself is not given to those behind.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
 from typing import Final
 
@@ -13,11 +15,13 @@ import msgspec
 
 from manager.core.index import Index
 from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
-from manager.core.model import ClusterState, QueueRow, SlotRow
+from manager.core.model import ClusterState, QueueRow, SlotRow, TenantRow, priority_of
 from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
 from manager.core.placement import find, victims
 from manager.core.policies import BEST_FIT
-from manager.core.shapes import Grant, Shape
+from manager.core.reservations import best_room, grant_in
+from manager.core.shapes import Grant, Resources
+from manager.core.shares import at_work, parts_of
 
 WARM_COST: Final = 10.0
 """Ending an idle slot that is to be kept warm costs more than ending another idle one."""
@@ -29,28 +33,49 @@ SEARCHES_MAX: Final = 16
 """Held shapes that get victims in one round; the others follow a quarter of a second later. Bounds a round's time."""
 
 
+HIGH_MIN: Final = 5
+"""A task of this priority or more that waits for too long may have tasks pre-empted that are of `LOW_MAX` or less."""
+LOW_MAX: Final = -5
+
+
 class Close(msgspec.Struct, frozen=True):
-    """End a slot at its next task boundary. `reason`: Idle, Unloaded, TooManyIdle, or the shape that wants its memory."""
+    """End a slot. `reason`: Idle, Unloaded, TooManyIdle, or the shape that wants its memory; `flag`: CLOSE or PREEMPT."""
 
     slot_id: str
     reason: str
+    flag: SlotFlag = SlotFlag.CLOSE
 
 
 class TooLarge:
-    """Sizes that were found not to fit. Room only shrinks within a round, so what is as large need not be tried again."""
+    """What was found not to fit. Room only shrinks within a round, so what needs as much need not be tried again."""
 
     def __init__(self) -> None:
-        self._sizes: list[tuple[int, int]] = []
+        self._tried: list[Resources] = []
 
-    def add(self, shape: Shape) -> None:
-        self._sizes.append((shape.memory_bytes, shape.gpus))
+    def add(self, resources: Resources) -> None:
+        self._tried.append(resources)
 
-    def __contains__(self, shape: Shape) -> bool:
-        return any(shape.memory_bytes >= memory and shape.gpus >= gpus for memory, gpus in self._sizes)
+    def __contains__(self, resources: Resources) -> bool:
+        return any(_needs_as_much(resources, tried) for tried in self._tried)
+
+
+def _needs_as_much(large: Resources, small: Resources) -> bool:
+    """Whether `large` fits nowhere where `small` does not."""
+    return (
+        large.memory_bytes >= small.memory_bytes
+        and large.gpus >= small.gpus
+        and large.share_milli >= small.share_milli
+        and large.cpu_milli >= small.cpu_milli
+        and large.host_memory_bytes >= small.host_memory_bytes
+        and large.exclusive >= small.exclusive
+        and small.architectures in ((), large.architectures)
+        and small.device_model in ("", large.device_model)
+        and set(small.labels) <= set(large.labels)
+    )
 
 
 def closes_of(
-    state: ClusterState, index: Index, needs: Sequence[Need], vtimes: Mapping[str, float], limits: Limits
+    state: ClusterState, index: Index, needs: Sequence[Need], limits: Limits
 ) -> tuple[list[Close], list[tuple[str, Grant]]]:
     """Victims for what waits, and the room that is kept for it; then slots that have been idle for too long."""
     queues = {queue.shape_id: queue for queue in state.queues}
@@ -61,34 +86,64 @@ def closes_of(
         for slot in state.slots:
             if slot.flag is not SlotFlag.NONE:
                 scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
-        candidates = [c for slot in state.slots if (c := _candidate(slot, queues, state.now_ms, limits)) is not None]
-        devices = {need.queue.shape_id: need.serving * need.queue.shape.gpus for need in needs}
-        too_large = TooLarge()
+        sides = _Sides(state)
+        candidates = [c for slot in state.slots if (c := _candidate(slot, queues, sides, state.now_ms, limits)) is not None]
+        own = {slot.slot_id: slot.shape_id for slot in state.slots}
         searches = 0
+        first_in_line = True
         for need in waiting:
-            queue = need.queue
-            if queue.shape in too_large:
-                continue
-            fit = find(queue.resources, scratch, BEST_FIT)
+            queue, resources = need.queue, need.queue.resources
+            pressing = _is_pressing(queue, state.now_ms, limits)
+            fit = find(resources, scratch, BEST_FIT)
             if fit is None and searches < SEARCHES_MAX:
-                costs = _costs(candidates, queue, vtimes, devices, limits)
-                chosen = victims(queue.resources, scratch, costs)
+                searches += 1
+                costs = sides.costs(candidates, queue, limits, pressing=pressing)
+                chosen = victims(resources, scratch, costs)
                 for slot_id in chosen:
                     scratch.free(slot_id)
                     if costs[slot_id] < RESIDENT_COST:
                         closes[slot_id] = Close(slot_id, queue.shape_id)
                 if chosen:
-                    searches += 1
                     candidates = [c for c in candidates if c.slot_id not in chosen]
-                    fit = find(queue.resources, scratch, BEST_FIT)
-                else:
-                    too_large.add(queue.shape)
+                    fit = find(resources, scratch, BEST_FIT)
+                elif first_in_line and (room := best_room(resources, scratch)) is not None:
+                    first_in_line = False
+                    devices = [scratch.nodes[room.node].devices[uuid] for uuid in room.devices]
+                    # What its own slots give back comes to it in any case.
+                    if any(own.get(slot_id) != queue.shape_id for device in devices for slot_id in device.slots):
+                        fit = grant_in(room, resources)
             if fit is not None:
-                scratch.lease(f"for {queue.shape_id}", fit)
+                scratch.keep(need.held[0], fit)
                 keep.append((need.held[0], fit))
+                if pressing:
+                    closes |= {close.slot_id: close for close in _preempted(state, fit, closes, queue.shape_id)}
     for close in _idle_closes(state, queues, needs, closes.keys(), limits):
         closes[close.slot_id] = close
     return list(closes.values()), keep
+
+
+def _is_pressing(queue: QueueRow, now_ms: int, limits: Limits) -> bool:
+    """Whether what waits may have running tasks of low priority pre-empted."""
+    if not limits.preempt_s or queue.head is None or queue.head_queued_ms is None:
+        return False
+    return priority_of(queue.head) >= HIGH_MIN and now_ms - queue.head_queued_ms >= limits.preempt_s * 1000
+
+
+def _is_low(slot: SlotRow) -> bool:
+    """Whether the slot runs nothing but tasks that may be pre-empted."""
+    return slot.running > 0 and slot.score is not None and priority_of(slot.score) <= LOW_MAX
+
+
+def _preempted(state: ClusterState, fit: Grant, closes: Container[str], shape_id: str) -> list[Close]:
+    """Of the slots that end so that `fit` is free, those that need not come to their task boundary first."""
+    return [
+        Close(slot.slot_id, shape_id, SlotFlag.PREEMPT)
+        for slot in state.slots
+        if slot.node == fit.node
+        and not set(slot.devices).isdisjoint(fit.devices)
+        and (slot.slot_id in closes or slot.flag is SlotFlag.CLOSE)
+        and _is_low(slot)
+    ]
 
 
 def _idle_closes(
@@ -131,16 +186,29 @@ def _idle_closes(
 
 
 class _Candidate(msgspec.Struct, frozen=True):
-    """A slot that may have to end for another shape. `rank` is of what waits behind it, None where nothing does."""
+    """A slot that may have to end for another shape.
+
+    Attributes:
+        rank: of what waits behind it, None where nothing does.
+        part: of devices that it leases.
+        young: it has not been there for the minimum residence.
+        low: what it runs may be pre-empted.
+    """
 
     slot_id: str
     shape_id: str
+    tenant: str
     cost: float
+    part: float
     idle: bool
+    young: bool
+    low: bool
     rank: int | None
 
 
-def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limits: Limits) -> _Candidate | None:
+def _candidate(
+    slot: SlotRow, queues: Mapping[str, QueueRow], sides: "_Sides", now_ms: int, limits: Limits
+) -> _Candidate | None:
     """What ending the slot costs; None where it is not open, ends already, or is somebody's Dask task.
 
     Of the idle ones the one that has been idle for longest is the cheapest; of the busy ones the one whose tasks are short.
@@ -150,39 +218,72 @@ def _candidate(slot: SlotRow, queues: Mapping[str, QueueRow], now_ms: int, limit
     if slot.kind is SlotKind.DIRECT:
         return None
     own = queues.get(slot.shape_id)
-    rank = None if own is None or own.depth == 0 else priority_rank(own)
-    if slot.idle_ms is not None and slot.running == 0:
-        idle_s = max(0.0, (now_ms - slot.idle_ms) / 1000)
+    idle = slot.idle_ms is not None and slot.running == 0
+    if idle:
+        idle_s = max(0.0, (now_ms - (slot.idle_ms or 0)) / 1000)
         cost = 1.0 / (1.0 + idle_s) + (WARM_COST if own is not None and own.warm else 0.0)
-        return _Candidate(slot.slot_id, slot.shape_id, cost, idle=True, rank=rank)
-    run_s = UNKNOWN_RUN_S if own is None or own.run_s is None else own.run_s
-    cost = BUSY_COST + run_s
-    if now_ms - slot.opened_ms < limits.residence_s * 1000:
-        cost += RESIDENT_COST
-    return _Candidate(slot.slot_id, slot.shape_id, cost, idle=False, rank=rank)
+    else:
+        cost = BUSY_COST + (UNKNOWN_RUN_S if own is None or own.run_s is None else own.run_s)
+    return _Candidate(
+        slot_id=slot.slot_id,
+        shape_id=slot.shape_id,
+        tenant="" if own is None else own.shape.tenant,
+        cost=cost,
+        part=sides.parts.get(slot.slot_id, 0.0),
+        idle=idle,
+        young=not idle and now_ms - slot.opened_ms < limits.residence_s * 1000,
+        low=_is_low(slot),
+        rank=None if own is None or own.depth == 0 else priority_rank(own),
+    )
 
 
-def _costs(
-    candidates: Sequence[_Candidate],
-    wanting: QueueRow,
-    vtimes: Mapping[str, float],
-    devices: Mapping[str, int],
-    limits: Limits,
-) -> dict[str, float]:
-    """What each slot costs that may be asked to end for `wanting`.
+class _Sides:
+    """What tenants, and the shapes of one, have at work now and have had: by this it is decided who may be asked to end."""
 
-    An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower; or,
-    with nothing of a higher priority behind it, if its shape has more devices now than the one that waits, and has had
-    more, by what a slot has in the minimum residence. Shapes that have about the same would else change places for ever.
-    """
-    rank, had = priority_rank(wanting), vtimes.get(wanting.shape_id, 0.0) + limits.residence_s
-    has = devices.get(wanting.shape_id, 0)
+    def __init__(self, state: ClusterState) -> None:
+        self.parts = parts_of(state)
+        self._tenants = {row.tenant: row for row in state.tenants}
+        self._queues = {queue.shape_id: queue for queue in state.queues}
+        self._tenants_have: defaultdict[str, float] = defaultdict(float)
+        self._shapes_have: defaultdict[str, float] = defaultdict(float)
+        for slot in state.slots:
+            if slot.slot_id in self.parts and slot.flag is SlotFlag.NONE and at_work(slot):
+                part = self.parts[slot.slot_id]
+                self._shapes_have[slot.shape_id] += part
+                if (own := self._queues.get(slot.shape_id)) is not None:
+                    self._tenants_have[own.shape.tenant] += part / self._tenant(own.shape.tenant).weight
 
-    def may_go(c: _Candidate) -> bool:
-        if c.idle or (c.rank is not None and rank < c.rank):
-            return True
-        if c.rank is not None and rank > c.rank:
-            return False
-        return devices.get(c.shape_id, 0) > has and vtimes.get(c.shape_id, 0.0) > had
+    def _tenant(self, tenant: str) -> TenantRow:
+        return self._tenants.get(tenant) or TenantRow(tenant=tenant)
 
-    return {c.slot_id: c.cost for c in candidates if c.shape_id != wanting.shape_id and may_go(c)}
+    def costs(self, candidates: Sequence[_Candidate], wanting: QueueRow, limits: Limits, *, pressing: bool) -> dict[str, float]:
+        """What each slot costs that may be asked to end for `wanting`.
+
+        An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower; or,
+        with nothing of a higher priority behind it, if its side has more devices now than the one that waits, and has had
+        more, by what the slot has in the minimum residence. Between tenants, their weighted shares are compared; between
+        shapes of one tenant, theirs. Sides that have about the same would else change places for ever.
+        """
+        rank = priority_rank(wanting)
+        tenant = self._tenant(wanting.shape.tenant)
+
+        def may_go(c: _Candidate) -> bool:
+            if c.idle or (c.rank is not None and rank < c.rank) or (pressing and c.low):
+                return True
+            if c.rank is not None and rank > c.rank:
+                return False
+            if c.tenant == tenant.tenant:
+                theirs, ours = self._shapes_have[c.shape_id], self._shapes_have[wanting.shape_id]
+                own = self._queues[c.shape_id]
+                ahead_s = (own.vtime_s or 0.0) - (wanting.vtime_s or 0.0) - limits.residence_s * c.part
+            else:
+                theirs, ours = self._tenants_have[c.tenant], self._tenants_have[tenant.tenant]
+                other = self._tenant(c.tenant)
+                ahead_s = (other.vtime_s or 0.0) - (tenant.vtime_s or 0.0) - limits.residence_s * c.part / other.weight
+            return theirs > ours and ahead_s > 0
+
+        return {
+            c.slot_id: c.cost + (RESIDENT_COST if c.young and not (pressing and c.low) else 0.0)
+            for c in candidates
+            if c.shape_id != wanting.shape_id and may_go(c)
+        }

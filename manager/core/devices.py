@@ -249,12 +249,50 @@ def carried(last: Probe | None, age_s: float, error: str) -> Probe:
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A device that can be simulated. Watts are of the order of the real one's, and only for show."""
+    """A device that can be simulated. Watts are of the order of the real one's, and only for show.
+
+    Attributes:
+        dies: compute dies, by which it can be split into logical devices; 1: it cannot.
+    """
 
     model: str
     architecture: str
     memory_bytes: int
     power_watts: float
+    dies: int = 1
+
+
+class Partitioning(msgspec.Struct, frozen=True):
+    """How one physical device is split: into so many logical devices, and its memory into so many parts.
+
+    Fewer parts than devices: as many consecutive devices share each part as there are devices for one.
+    """
+
+    compute: str
+    devices: int
+    memory_parts: int
+
+    @property
+    def sharing(self) -> int:
+        """How many devices share a part of the memory."""
+        return max(1, self.devices // self.memory_parts)
+
+    def part_of(self, partition_id: int) -> int:
+        """The part of the memory that a logical device, counted from 0, has or shares."""
+        return partition_id // self.sharing
+
+
+_COMPUTE_MODES: Final[dict[str, int]] = {"SPX": 1, "DPX": 2, "TPX": 3, "QPX": 4}
+"""Logical devices of a mode; CPX has one for each compute die."""
+
+
+def partitioning_of(compute: str, memory: str, dies: int) -> Partitioning | None:
+    """What modes such as CPX and NPS4 make of a device with so many compute dies; None where it cannot have them."""
+    devices = dies if compute == "CPX" else _COMPUTE_MODES.get(compute, 0)
+    parts = int(memory.removeprefix("NPS")) if re.fullmatch(r"NPS[1-9]", memory) else 0
+    if not devices or not parts or dies % devices or devices % parts:
+        return None
+    return Partitioning(compute, devices, parts)
 
 
 class SimulatedNode(msgspec.Struct, frozen=True):
@@ -272,10 +310,11 @@ class SimulatedNode(msgspec.Struct, frozen=True):
 
 
 MODELS: Final[dict[str, Model]] = {
-    "mi355x": Model("AMD Instinct MI355X", "gfx950", 288 * GIB, 1400.0),
-    "mi325x": Model("AMD Instinct MI325X", "gfx942", 256 * GIB, 1000.0),
-    "mi300x": Model("AMD Instinct MI300X", "gfx942", 192 * GIB, 750.0),
-    "mi300a": Model("AMD Instinct MI300A", "gfx942", 128 * GIB, 550.0),
+    "mi355x": Model("AMD Instinct MI355X", "gfx950", 288 * GIB, 1400.0, dies=8),
+    "mi350x": Model("AMD Instinct MI350X", "gfx950", 288 * GIB, 1000.0, dies=8),
+    "mi325x": Model("AMD Instinct MI325X", "gfx942", 256 * GIB, 1000.0, dies=8),
+    "mi300x": Model("AMD Instinct MI300X", "gfx942", 192 * GIB, 750.0, dies=8),
+    "mi300a": Model("AMD Instinct MI300A", "gfx942", 128 * GIB, 550.0, dies=6),
     "mi250x": Model("AMD Instinct MI250X (one GCD)", "gfx90a", 64 * GIB, 280.0),
     "mi210": Model("AMD Instinct MI210", "gfx90a", 64 * GIB, 300.0),
     "mi100": Model("AMD Instinct MI100", "gfx908", 32 * GIB, 300.0),
@@ -287,7 +326,7 @@ MODELS: Final[dict[str, Model]] = {
     "l40s": Model("NVIDIA L40S", "sm_89", 48 * GIB, 350.0),
 }
 
-_GROUP: Final = re.compile(r"([0-9]{1,4})x([0-9]{1,4}):([a-z0-9]{1,20})")
+_GROUP: Final = re.compile(r"([0-9]{1,4})x([0-9]{1,4}):([a-z0-9]{1,20})(?:/([a-z0-9]{1,8})-([a-z0-9]{1,8}))?")
 
 
 def reserve_of(devices: Sequence[Device], reserve_bytes: int, memory_ratio_max: float) -> int:
@@ -300,7 +339,8 @@ def parse_fleet(text: str) -> tuple[SimulatedNode, ...]:
     """The nodes of a simulated fleet such as ``"2x2:mi300x"`` or ``"1x8:mi300x,4x1:rx7900xtx"``.
 
     Args:
-        text: groups ``NODESxDEVICES:MODEL`` with commas between; case and blanks do not matter.
+        text: groups ``NODESxDEVICES:MODEL`` with commas between, with partitioned devices ``NODESxDEVICES:MODEL/CPX-NPS4``;
+            case and blanks do not matter.
 
     Raises:
         ValueError: says what was wrong and what would be right.
@@ -319,18 +359,53 @@ def parse_fleet(text: str) -> tuple[SimulatedNode, ...]:
             near = difflib.get_close_matches(name, MODELS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"no model {name!r} can be simulated{hint} (known: {', '.join(MODELS)})")
-        if not 1 <= devices <= GPUS_MAX:
-            raise ValueError(f"{part!r}: a node has from 1 to {GPUS_MAX} devices")
+        split = partitioning_asked(name, model, match.group(4), match.group(5))
+        if not 1 <= devices * split.devices <= GPUS_MAX:
+            raise ValueError(f"{part!r}: a node has from 1 to {GPUS_MAX} devices, and this makes {devices * split.devices}")
         if count < 1 or len(nodes) + count > NODES_MAX:
             raise ValueError(f"{part!r}: a fleet has from 1 to {NODES_MAX} nodes")
-        nodes += [_simulated_node(number, devices, model) for number in range(len(nodes), len(nodes) + count)]
+        nodes += [_simulated_node(number, devices, model, split) for number in range(len(nodes), len(nodes) + count)]
     return tuple(nodes)
 
 
-def _simulated_node(number: int, count: int, model: Model) -> SimulatedNode:
-    names = [f"SIM-{number:03d}-{index:02d}" for index in range(count)]
-    devices = tuple(
-        Device(name, index, "simulated", f"{model.model} (simulated)", model.architecture, model.memory_bytes, name)
-        for index, name in enumerate(names)
-    )
-    return SimulatedNode(number, devices, model.power_watts)
+_WHOLE: Final = Partitioning("SPX", 1, 1)
+
+
+def partitioning_asked(name: str, model: Model, compute: str | None, memory: str | None) -> Partitioning:
+    """What was written behind a model's name, as in ``mi300x/cpx-nps4``; None and None: nothing.
+
+    Raises:
+        ValueError: says what was wrong and what would be right.
+    """
+    if compute is None or memory is None:
+        return _WHOLE
+    split = partitioning_of(compute.upper(), memory.upper(), model.dies)
+    if split is not None:
+        return split
+    if model.dies == 1:
+        raise ValueError(f"{name!r} cannot be split into {compute}-{memory}: leave that out")
+    modes = [f"{mode}-nps{parts}" for mode in ("spx", "dpx", "tpx", "qpx", "cpx") for parts in (1, 2, 4, 8)
+             if partitioning_of(mode.upper(), f"NPS{parts}", model.dies) is not None]  # fmt: skip
+    raise ValueError(f"{name!r} cannot be split into {compute}-{memory} (known: {', '.join(modes)})")
+
+
+def _simulated_node(number: int, count: int, model: Model, split: Partitioning) -> SimulatedNode:
+    devices: list[Device] = []
+    for package in (f"SIM-{number:03d}-{index:02d}" for index in range(count)):
+        for partition_id in range(split.devices):
+            whole = split.devices == 1
+            name = package if whole else f"{package}.{partition_id}"
+            devices.append(
+                Device(
+                    uuid=name,
+                    index=len(devices),
+                    vendor="simulated",
+                    model=f"{model.model} (simulated)",
+                    architecture=model.architecture,
+                    memory_bytes=model.memory_bytes // split.memory_parts,
+                    visible_id=name,
+                    partition="" if whole else f"{split.compute}/NPS{split.memory_parts}/{partition_id}",
+                    pool=f"{package}/NPS{split.memory_parts}/{split.part_of(partition_id)}" if split.sharing > 1 else "",
+                )
+            )
+    return SimulatedNode(number, tuple(devices), model.power_watts / split.devices)

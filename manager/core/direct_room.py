@@ -14,7 +14,6 @@ from manager.core.model import ClusterState
 from manager.core.packing import DirectDemand
 from manager.core.placement import find, victims
 from manager.core.policies import BEST_FIT
-from manager.core.shapes import Resources
 
 SEARCHES_MAX: Final = 16
 """Tasks that get room in one round; the others follow a moment later. Bounds a round's time."""
@@ -43,8 +42,8 @@ def closes_for_direct(
             costs[slot.slot_id] = 1.0 / (1.0 + idle_s) + (WARM_COST if slot.shape_id in warm else 0.0)
     closes: list[Close] = []
     searches = 0
-    for request in waiting:
-        resources = Resources(request.memory_bytes, request.gpus)
+    for kind, request in enumerate(waiting):
+        resources = request.needs
         for number in range(request.count):
             fit = find(resources, scratch, BEST_FIT)
             if fit is None:
@@ -57,5 +56,5 @@ def closes_for_direct(
                 fit = find(resources, scratch, BEST_FIT) if chosen else None
             if fit is None:
                 break
-            scratch.lease(f"direct {request.memory_bytes} {request.gpus} {number}", fit)
+            scratch.lease(f"direct {kind} {number}", fit)
     return closes

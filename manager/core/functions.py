@@ -8,6 +8,8 @@ from typing import Final
 
 import msgspec
 
+from manager.core.shapes import Resources
+
 NAME_PATTERN: Final = r"^[a-z][a-z0-9_.-]{0,63}$"
 _NAME: Final = re.compile(NAME_PATTERN)
 DEFAULT_ENVIRONMENT: Final = "default"
@@ -22,6 +24,7 @@ class PublishedFunction(msgspec.Struct, frozen=True):
         doc: first paragraph of its documentation.
         schema: JSON Schema of its arguments as one object; ``{}`` where `error` is set.
         memory_bytes, gpus: what a task of it asks for unless it says otherwise.
+        resources: all of that; None where an older agent has published it, which knows no more than these two.
         time_limit_s: its own limit; None is the cluster's default.
         environment: digest of the executor that it needs, part of its tasks' shape.
         max_tasks_per_slot: how many of its tasks one slot serves; 0 is no limit.
@@ -37,6 +40,12 @@ class PublishedFunction(msgspec.Struct, frozen=True):
     environment: str = DEFAULT_ENVIRONMENT
     max_tasks_per_slot: int = 0
     error: str = ""
+    resources: Resources | None = None
+
+    @property
+    def needs(self) -> Resources:
+        """What a task of it asks for unless it says otherwise."""
+        return self.resources or Resources(self.memory_bytes, self.gpus)
 
 
 def is_function_name(text: str) -> bool:

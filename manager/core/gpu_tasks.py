@@ -18,13 +18,15 @@ import msgspec
 
 from manager.core.errors import RocyardError
 from manager.core.placement import Verdict
-from manager.core.quantities import format_memory, parse_memory
+from manager.core.quantities import format_memory
+from manager.core.requests import ResourceRequest
 from manager.core.shapes import GPUS_MAX, Grant, Resources, Shape, shape_of
+from manager.core.wanted import WrongField, more_words_of, resources_of
 
 GPU_ANNOTATION: Final = "gpu"
 DIRECT_TENANT: Final = "dask"
 """All who hold a certificate of the Dask scheduler are administrators, so they share one tenant."""
-_KEYS: Final = ("memory", "count")
+_KEYS: Final = ("memory", "count", *(name for name in ResourceRequest.__struct_fields__ if name not in {"memory", "gpus"}))
 _EXAMPLE: Final = 'write gpu={"memory": "16GiB", "count": 1}'
 
 
@@ -58,6 +60,7 @@ class GpuExplanation(msgspec.Struct, frozen=True):
             gpu annotation, ``unknown`` for no such task.
         memory_bytes: what it leases on each device: what was asked for, rounded up.
         gpus: how many devices.
+        resources: all that was asked for, where that is known.
         slot_id, grant: where it runs.
         before: tasks of its size that are to be placed before it.
         verdicts: what each node says to it, while it is held; empty where there is room, and others are before it.
@@ -70,9 +73,12 @@ class GpuExplanation(msgspec.Struct, frozen=True):
     grant: Grant | None = None
     before: int = 0
     verdicts: tuple[Verdict, ...] = ()
+    resources: Resources | None = None
 
     def __str__(self) -> str:
         wants = f"{self.gpus} × {format_memory(self.memory_bytes)}"
+        if self.resources is not None and (more := more_words_of(self.resources)):
+            wants += f", {more}"
         match self.state:
             case "unknown":
                 return "the scheduler knows no such task (any more)"
@@ -95,7 +101,8 @@ def gpu_resources(wanted: Any) -> Resources:
 
     Args:
         wanted: a mapping with ``memory`` (text such as ``"16GiB"``, or bytes) and, if there is more than one device,
-            ``count``.
+            ``count``. The other keys are those of a task's ``resources``: ``share``, ``architecture``, ``device_model``,
+            ``labels``, ``cpus``, ``host_memory``, ``exclusive`` and ``model``.
 
     Raises:
         GpuAnnotationRefused: says what was wrong and what would be right.
@@ -103,19 +110,22 @@ def gpu_resources(wanted: Any) -> Resources:
     if not isinstance(wanted, Mapping):
         raise GpuAnnotationRefused(f"the gpu annotation is {_shown(wanted)}, not a mapping: {_EXAMPLE}")
     if unknown := [key for key in wanted if key not in _KEYS]:
-        raise GpuAnnotationRefused(f"the gpu annotation has {_shown(unknown[0])}, which means nothing: {_EXAMPLE}")
-    if "memory" not in wanted:
+        known = ", ".join(_KEYS)
+        raise GpuAnnotationRefused(
+            f"the gpu annotation has {_shown(unknown[0])}, which means nothing: {_EXAMPLE} (there are {known})"
+        )
+    if wanted.get("memory") is None:
         raise GpuAnnotationRefused(f"the gpu annotation says no memory: {_EXAMPLE}")
-    memory, count = wanted["memory"], wanted.get("count", 1)
-    if not isinstance(memory, str | int):
-        raise GpuAnnotationRefused(f"the memory of the gpu annotation is {_shown(memory)}: {_EXAMPLE}")
-    try:
-        memory_bytes = parse_memory(memory)
-    except ValueError as error:
-        raise GpuAnnotationRefused(f"the memory of the gpu annotation: {error}") from None
+    count = wanted.get("count", 1)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= GPUS_MAX:
         raise GpuAnnotationRefused(f"the count of the gpu annotation is {_shown(count)}: a number from 1 to {GPUS_MAX}")
-    return Resources(memory_bytes, count)
+    named = {key: value for key, value in wanted.items() if key != "count"}
+    try:
+        return resources_of(msgspec.convert({**named, "gpus": count}, ResourceRequest))
+    except WrongField as error:
+        raise GpuAnnotationRefused(f"the {error.field} of the gpu annotation: {error}") from None
+    except msgspec.ValidationError as error:
+        raise GpuAnnotationRefused(f"the gpu annotation: {error}; {_EXAMPLE}") from None
 
 
 def direct_shape(resources: Resources) -> Shape:

@@ -8,18 +8,16 @@ columns (`manager.core.table`), which follow the changes, so that no request loo
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 from manager.core.devices import Device
 from manager.core.lifecycle import Cordon
 from manager.core.model import ClusterState, DeviceUse
 from manager.core.shapes import SHARE_MILLI_MAX, Grant, Labels
-from manager.core.table import DeviceKind, Table
+from manager.core.table import UNKNOWN, DeviceKind, Table
 
 SLOTS_MAX: Final = 64
 """Slots of one node where it says nothing else: each is a process of its own."""
-UNKNOWN: Final = 2**62
-"""CPUs and memory of a host that does not say what it has: there is always enough."""
 
 
 class Pool:
@@ -127,6 +125,7 @@ class NodeView:
     Attributes:
         cpu_milli, host_memory_bytes: what the host has, `UNKNOWN` where it does not say.
         cpu_free_milli, host_free_bytes: what of that can be promised now.
+        kept: slots that wait for room here which is kept for them.
         models: what its slots have loaded, and how many of them.
     """
 
@@ -141,6 +140,7 @@ class NodeView:
         "host_free_bytes",
         "host_memory_bytes",
         "incarnation",
+        "kept",
         "labels",
         "models",
         "name",
@@ -164,6 +164,7 @@ class NodeView:
         self.name = name
         self.incarnation = incarnation
         self.slots: set[str] = set()
+        self.kept: set[str] = set()
         self.slots_max = slots_max
         self.labels = labels
         self.cpu_milli = self.cpu_free_milli = cpu_milli or UNKNOWN
@@ -220,7 +221,7 @@ class NodeView:
     @property
     def placeable(self) -> bool:
         """Whether anything new may be placed here at all."""
-        return self.usable and len(self.slots) < self.slots_max
+        return self.usable and len(self.slots) + len(self.kept) < self.slots_max
 
     @property
     def usable(self) -> bool:
@@ -231,10 +232,9 @@ class NodeView:
         """Write a grant in, as a lease or as room that is kept; devices that are not there (any more) are left out."""
         self.cpu_free_milli -= grant.cpu_milli
         self.host_free_bytes -= grant.host_memory_bytes
-        if not kept:
-            self.slots.add(slot)
-            if grant.model:
-                self.models[grant.model] += 1
+        (self.kept if kept else self.slots).add(slot)
+        if grant.model and not kept:
+            self.models[grant.model] += 1
         for uuid in grant.devices:
             device = self.devices.get(uuid)
             if device is None:
@@ -252,12 +252,11 @@ class NodeView:
         """Take a grant out again."""
         self.cpu_free_milli += grant.cpu_milli
         self.host_free_bytes += grant.host_memory_bytes
-        if not kept:
-            self.slots.discard(slot)
-            if grant.model:
-                self.models[grant.model] -= 1
-                if not self.models[grant.model]:
-                    del self.models[grant.model]
+        (self.kept if kept else self.slots).discard(slot)
+        if grant.model and not kept:
+            self.models[grant.model] -= 1
+            if not self.models[grant.model]:
+                del self.models[grant.model]
         for uuid in grant.devices:
             device = self.devices.get(uuid)
             if device is None:
@@ -276,7 +275,8 @@ class NodeView:
         """The same, to be tried on."""
         twin = object.__new__(NodeView)
         twin.name, twin.incarnation, twin.labels = self.name, self.incarnation, self.labels
-        twin.slots, twin.slots_max, twin.models = self.slots.copy(), self.slots_max, self.models.copy()
+        twin.slots, twin.kept, twin.slots_max = self.slots.copy(), self.kept.copy(), self.slots_max
+        twin.models = self.models.copy()
         twin.cpu_milli, twin.cpu_free_milli = self.cpu_milli, self.cpu_free_milli
         twin.host_memory_bytes, twin.host_free_bytes = self.host_memory_bytes, self.host_free_bytes
         twin._reachable, twin._cordoned, twin._lost, twin._changes = self._reachable, self._cordoned, self._lost, set()
@@ -292,8 +292,6 @@ class Index:
         self.nodes: dict[str, NodeView] = {}
         self.grants: dict[str, Grant] = {}
         self.kept: dict[str, Grant] = {}
-        self.memo: dict[Any, Any] = {}
-        """What policies remember of `table`; it never changes an answer, only how fast it comes."""
         self._table: Table | None = None
         self._changed: set[str] = set()
 
@@ -302,10 +300,10 @@ class Index:
         """What is free, in columns; up to date."""
         if self._table is None:
             self._table = Table(self.nodes.values())
-            self.memo.clear()
+            self._changed.clear()
         elif self._changed:
-            self._table.refresh(self.nodes[name] for name in sorted(self._changed) if name in self.nodes)
-        self._changed.clear()
+            self._table.refresh([self.nodes[name] for name in self._changed if name in self.nodes])
+            self._changed.clear()
         return self._table
 
     def add_node(

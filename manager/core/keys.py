@@ -17,11 +17,13 @@ due                     zset    functions                  tasks in RETRY_WAIT, 
 done                    zset    functions                  final tasks, by the time they ended (for retention)
 tt:TENANT               zset    functions                  all tasks of a tenant, by sequence
 ta:TENANT               zset    functions                  those of them that are not final
-tn:TENANT               hash    functions                  counters of a tenant
+tn:TENANT               hash    functions                  what a tenant has at work, may have and has had
+tenants                 set     functions                  tenants that have tasks that are not final
+qw:TENANT               zset    functions                  slots that the tenant's quota keeps waiting, by turn
 counts                  hash    functions                  tasks by status
 shapes                  hash    functions                  SHAPE → its canonical JSON
 active                  set     functions                  shapes that have waiting tasks or slots
-sh:SHAPE                hash    functions                  learned run time and counters of a shape
+sh:SHAPE                hash    functions                  learned run time and memory, counters of a shape
 s:SLOT                  hash    functions                  one slot; CLOSED stays as a tombstone
 slots                   set     functions                  slots that are not closed
 ss:SHAPE                set     functions                  those of a shape

@@ -23,6 +23,11 @@ def priority_offset(priority: int) -> int:
     return (PRIORITY_MAX - priority) * _PRIORITY_STEP
 
 
+def priority_of(score: int) -> int:
+    """The priority at which a task stands in its queue: its own, or what it has risen to with its age."""
+    return PRIORITY_MAX - score // _PRIORITY_STEP
+
+
 class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was submitted: never changes.
 
@@ -127,6 +132,19 @@ class End(msgspec.Struct, frozen=True):
     chance: float = 0.5
 
 
+class MemoryNote(msgspec.Struct, frozen=True):
+    """What a slot was seen to use.
+
+    Attributes:
+        peak_bytes: the most on one of its devices.
+        learned_bytes: what slots of its shape are to lease on each from now on; 0: what was asked for will do.
+    """
+
+    slot_id: str
+    peak_bytes: int
+    learned_bytes: int = 0
+
+
 class NextReply(msgspec.Struct, frozen=True):
     """Answer to `next`: a word (FENCED, CLOSE, DRAIN, PREEMPT, IDLE, WORK, OK), the ends' effects, and claims.
 
@@ -166,6 +184,7 @@ class SlotRow(msgspec.Struct, frozen=True, kw_only=True):
     """A slot as the store has it. `devices` are uuids; `running` counts the tasks that it has claimed.
 
     `memory_bytes` is what it leases on each device; 0: its shape says. A slot of kind DIRECT has no shape in the store.
+    `score` is the place in the queue of the first task that it has claimed, None where it has none.
     """
 
     slot_id: str
@@ -188,6 +207,7 @@ class SlotRow(msgspec.Struct, frozen=True, kw_only=True):
     host_memory_bytes: int = 0
     exclusive: bool = False
     model: str = ""
+    score: int | None = None
 
     def grant(self, shape: Shape | None) -> Grant | None:
         """What it has leased; None where that is not known (yet).
@@ -215,7 +235,9 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     """A shape with work or slots. `head` is the score of its first task; `run_s` its learned run time.
 
     `warm` slots are to be open although nothing waits; those that have been idle since before `unload_ms` are to close.
-    `learned_bytes` is the most memory that a slot of it was seen to use on a device, where that was over its lease.
+    `learned_bytes` is what its slots are to lease on a device because others of it have used so much: more than was asked
+    for, or 0. `peak_bytes` is the most that a slot of it was seen to use on a device; 0: nothing was seen yet.
+    `vtime_s` is the device-seconds that it has had of its tenant's; None until a leader has seen it.
     """
 
     shape_id: str
@@ -227,6 +249,8 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     warm: int = 0
     unload_ms: int | None = None
     learned_bytes: int = 0
+    peak_bytes: int = 0
+    vtime_s: float | None = None
 
     @property
     def resources(self) -> Resources:
@@ -311,6 +335,32 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
     remove: bool = False
 
 
+class TenantRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A tenant with unfinished tasks: what it has at work, and what it may have. A limit of None is none.
+
+    Only slots that have claimed a task are at work: what an idle one leases is not counted.
+
+    Attributes:
+        gpus: devices of its slots at work, each slot's counted for itself.
+        memory_bytes: what those slots lease on all their devices.
+        running: tasks that are claimed.
+        active: tasks that are not finished.
+        weight: its part where room is short, beside the weights of others.
+        vtime_s: device-seconds that it has had, by its weight; None until a leader has seen it.
+    """
+
+    tenant: str
+    gpus: int = 0
+    memory_bytes: int = 0
+    running: int = 0
+    active: int = 0
+    gpus_max: int | None = None
+    memory_bytes_max: int | None = None
+    running_max: int | None = None
+    weight: float = 1.0
+    vtime_s: float | None = None
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """A registration that was refused, and is tried again while its agent runs."""
 
@@ -333,3 +383,4 @@ class ClusterState(msgspec.Struct, frozen=True):
     refused: tuple[Refusal, ...] = ()
     dask: bool | None = None
     dask_ms: int | None = None
+    tenants: tuple[TenantRow, ...] = ()

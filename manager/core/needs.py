@@ -7,32 +7,39 @@ from typing import Final
 import msgspec
 
 from manager.core.lifecycle import SlotFlag, SlotStatus
-from manager.core.model import ClusterState, QueueRow, SlotRow
+from manager.core.model import PRIORITY_MAX, ClusterState, QueueRow, SlotRow, TenantRow, priority_of
+from manager.core.shares import QuotaLeft
 
 UNKNOWN_RUN_S: Final = 1.0
 """A shape whose run time is not known is taken to need this, so that long tasks start side by side at once."""
 UNKNOWN_OPEN_MAX: Final = 4
 """But so many slots at first: a burst of tiny tasks must not start a process for each."""
+NO_RANK: Final = 2**9
+"""In place of the rank of a priority where nothing waits."""
 LOADING_S: Final = 20.0
 """A slot that has ended nothing for so long is not loading: it is at work on something longer than was learned."""
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the operator has set (see settings `slots`)."""
+    """What the operator has set (see settings `slots` and `tasks`). `preempt_s` 0: nothing that runs is ended for others."""
 
     drain_target_s: float
     idle_s: float
     residence_s: float
     slots_per_shape_max: int
     idle_per_node_max: int
+    preempt_s: float = 0.0
 
 
 class Need(msgspec.Struct, frozen=True):
     """One shape in this round: its slots, and how many it should have.
 
     Attributes:
-        wanted: for its work, or to be kept warm, whichever is more.
-        needed: for its work alone. Others' slots end for these, never for slots that are only to be warm.
+        wanted: for its work, to be kept warm, or to get its turn within the tenant's quota, whichever is most.
+        firm: for its work or to be kept warm: so many are asked for although there is no room yet.
+        needed: for its work alone, as far as the tenant's quota lets it work. Others' slots end for these, never for slots
+            that are only to be warm.
+        capped: more work of it changes nothing: the quota is in the way.
     """
 
     queue: QueueRow
@@ -40,7 +47,9 @@ class Need(msgspec.Struct, frozen=True):
     requested: int
     held: tuple[str, ...]
     wanted: int
+    firm: int
     needed: int
+    capped: bool = False
 
     @property
     def asked(self) -> int:
@@ -91,23 +100,38 @@ def wake_depth(queue: QueueRow, slots: int, limits: Limits) -> int:
     return max(1, int(slots * limits.drain_target_s / max(run_s, 1e-4)))
 
 
-def needs_of(state: ClusterState, held: frozenset[str], vtimes: Mapping[str, float], limits: Limits) -> list[Need]:
+def needs_of(state: ClusterState, held: frozenset[str], limits: Limits) -> list[Need]:
     """Each shape's slots and need, in the order in which they are served."""
     by_shape: dict[str, list[SlotRow]] = {queue.shape_id: [] for queue in state.queues}
     for slot in state.slots:
         by_shape.setdefault(slot.shape_id, []).append(slot)
+    tenants = {row.tenant: row for row in state.tenants}
+    quotas = {name: QuotaLeft(row) for name, row in tenants.items()}
     needs = []
-    for queue in sorted(state.queues, key=lambda q: (priority_rank(q), vtimes.get(q.shape_id, 0.0), q.shape_id)):
+    for queue in sorted(state.queues, key=lambda q: service_order(q, tenants)):
         slots = by_shape[queue.shape_id]
         serving = [s for s in slots if s.status is SlotStatus.OPEN and s.flag is SlotFlag.NONE]
         requested = [s.slot_id for s in slots if s.status is SlotStatus.REQUESTED]
         waiting = tuple(sorted(slot_id for slot_id in requested if slot_id in held))
-        needed = slots_wanted(queue, serving, state.now_ms, limits)
-        wanted = max(needed, min(queue.warm, limits.slots_per_shape_max))
-        needs.append(Need(queue, len(serving), len(requested) - len(waiting), waiting, wanted, needed))
+        for_work = needed = slots_wanted(queue, serving, state.now_ms, limits)
+        if (quota := quotas.get(queue.shape.tenant)) is not None:
+            resources = queue.resources
+            needed = quota.take(resources.gpus, resources.gpus * resources.memory_bytes, for_work)
+        firm = max(needed, min(queue.warm, limits.slots_per_shape_max))
+        # Where the quota is used up by others of the tenant's shapes, one slot is opened if there is room: they take turns.
+        wanted = max(firm, min(for_work, 1))
+        on_their_way = len(requested) - len(waiting)
+        needs.append(Need(queue, len(serving), on_their_way, waiting, wanted, firm, needed, capped=needed < for_work))
     return needs
 
 
+def service_order(queue: QueueRow, tenants: Mapping[str, TenantRow]) -> tuple[int, float, str, float, str]:
+    """Priority first, then the tenant that has had least by its weight, then that of its shapes that has had least."""
+    row = tenants.get(queue.shape.tenant)
+    had_s = 0.0 if row is None else row.vtime_s or 0.0
+    return priority_rank(queue), had_s, queue.shape.tenant, queue.vtime_s or 0.0, queue.shape_id
+
+
 def priority_rank(queue: QueueRow) -> int:
-    """Rank of the head's priority class: lower is served first."""
-    return 2**9 if queue.head is None else queue.head >> 44
+    """Rank of the head's priority, which grows with its age: lower is served first."""
+    return NO_RANK if queue.head is None else PRIORITY_MAX - priority_of(queue.head)

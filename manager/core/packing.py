@@ -6,29 +6,20 @@ node and no node that there is could ever hold is infeasible, and asks for nothi
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final
 
 import msgspec
 
-from manager.core.devices import MODELS
-from manager.core.index import SLOTS_MAX, Index, index_of
+from manager.core.index import index_of
 from manager.core.lifecycle import Cordon, SlotKind, SlotStatus
 from manager.core.model import ClusterState, QueueRow, SlotRow
+from manager.core.needs import service_order
+from manager.core.node_kinds import Capacity, NodeKind, empty_node, kind_of
 from manager.core.placement import Reason
-from manager.core.quantities import parse_memory
-from manager.core.shapes import GPUS_MAX
-
-_KIND: Final = re.compile(r"([0-9]{1,4}):([a-z0-9. ]{1,30})")
-
-
-class NodeKind(msgspec.Struct, frozen=True):
-    """What an empty node offers: the bytes that each of its devices can promise, and how many slots it may have."""
-
-    sizes: tuple[int, ...]
-    slots_max: int = SLOTS_MAX
+from manager.core.rooms import Part, Room
+from manager.core.shapes import Resources
+from manager.core.shares import QuotaLeft
 
 
 class PackGroup(msgspec.Struct, frozen=True):
@@ -40,11 +31,17 @@ class PackGroup(msgspec.Struct, frozen=True):
 
 
 class DirectDemand(msgspec.Struct, frozen=True):
-    """Requests of Dask users that are held for want of room."""
+    """Requests of Dask users that are held for want of room. `resources` is all of one; None: these two fields are."""
 
     memory_bytes: int
     gpus: int
     count: int
+    resources: Resources | None = None
+
+    @property
+    def needs(self) -> Resources:
+        """What one of them asks for."""
+        return self.resources or Resources(self.memory_bytes, self.gpus)
 
 
 class GroupNeed(msgspec.Struct, frozen=True):
@@ -79,27 +76,6 @@ class Packing(msgspec.Struct, frozen=True):
     unplaced: int = 0
 
 
-def node_kind(text: str, reserve_bytes: int = 0, memory_ratio_max: float = 1.0, slots_max: int = SLOTS_MAX) -> NodeKind:
-    """What one node of a group is, from ``COUNT:MODEL`` or ``COUNT:SIZE``.
-
-    Raises:
-        ValueError: says what was wrong and what would be right.
-    """
-    match = _KIND.fullmatch(text.strip().lower())
-    if match is None:
-        raise ValueError(f"{text[:40]!r} is not the devices of a node: write COUNT:MODEL such as '8:mi300x', or '8:192GiB'")
-    count, name = int(match[1]), match[2].strip()
-    if not 1 <= count <= GPUS_MAX:
-        raise ValueError(f"{text[:40]!r}: a node has from 1 to {GPUS_MAX} devices")
-    model = MODELS.get(name)
-    try:
-        total = parse_memory(name) if model is None else model.memory_bytes
-    except ValueError:
-        raise ValueError(f"{name!r} is neither a size such as '192GiB' nor one of the models {', '.join(MODELS)}") from None
-    reserve = max(reserve_bytes, total - int(total * memory_ratio_max))
-    return NodeKind((max(0, total - reserve),) * count, slots_max)
-
-
 def pack(
     state: ClusterState,
     groups: Sequence[PackGroup],
@@ -124,29 +100,30 @@ def pack(
     busy_nodes = {slot.node for slot in state.slots if slot.slot_id in pinned}
     group_of = {row.node: row.info.group for row in state.nodes}
     needs = _Counts(state, {group.name for group in groups}, busy_nodes)
-    kinds = {group.name: _true_kind(group, index, group_of) for group in groups}
+    kinds = {group.name: _true_kind(group, state) for group in groups}
     budgets = {
         group.name: 0 if group.name in blocked else max(0, group.nodes_max - needs.there[group.name]) for group in groups
     }
-    feasible = [NodeKind(tuple(pool.usable_bytes for pool in view.pools.values())) for view in index.nodes.values()]
-    feasible += [kinds[group.name] for group in groups if group.nodes_max]
-    demand = _demand(state, pinned, drain_target_s, direct)
+    capacity = Capacity.of(
+        ((row.node, row.info) for row in state.nodes if not row.left),
+        ((group.name, kinds[group.name]) for group in groups if group.nodes_max),
+    )
     infeasible: Counter[Reason] = Counter()
-    wanted: dict[tuple[int, int], int] = {}
-    for (memory_bytes, gpus), (slots, tasks) in demand.items():
-        reason = _impossible(memory_bytes, gpus, feasible)
-        if reason is not None:
+    wanted: dict[Resources, int] = {}
+    for resources, (slots, tasks) in _demand(state, pinned, drain_target_s, direct).items():
+        refusal = capacity.refusal(resources)
+        if refusal is not None or not capacity.is_known:
             if tasks:
-                infeasible[reason] += tasks
+                infeasible[Reason.TOO_FEW_DEVICES if refusal is None else refusal.reason] += tasks
         elif slots:
-            wanted[memory_bytes, gpus] = slots
+            wanted[resources] = slots
     rooms = [
-        _Room(name, group_of[name], [pool.free_bytes if pool.healthy else -1 for pool in view.pools.values()], left, used)
+        Room(view, group_of[name], used=name in busy_nodes)
         for name, view in index.nodes.items()
         if not view.cordoned and not view.lost
-        for left, used in ((view.slots_max - len(view.slots), name in busy_nodes),)
     ]
-    unplaced = _Packer(rooms, kinds, budgets).pack(wanted)
+    fresh = {name: Room(empty_node("", kind), name) for name, kind in kinds.items()}
+    unplaced = _Packer(rooms, fresh, budgets).pack(wanted)
     for room in rooms:
         if room.touched and not room.used:
             needs.nodes[room.group] += 1
@@ -219,8 +196,8 @@ def _further(queue: QueueRow, held: int, busy: int, drain_target_s: float, now_m
     return max(0, max(wanted, queue.warm) - held)
 
 
-Demand = dict[tuple[int, int], tuple[int, int]]
-"""(memory, GPUs) → (further slots, tasks that wait)."""
+Demand = dict[Resources, tuple[int, int]]
+"""What is asked for → (further slots, tasks that wait)."""
 
 
 def _demand(state: ClusterState, pinned: Collection[str], drain_target_s: float, direct: Iterable[DirectDemand]) -> Demand:
@@ -228,122 +205,75 @@ def _demand(state: ClusterState, pinned: Collection[str], drain_target_s: float,
     busy = Counter(slot.shape_id for slot in state.slots if slot.slot_id in pinned and slot.running)
     found: Demand = {}
 
-    def add(memory_bytes: int, gpus: int, slots: int, tasks: int) -> None:
-        before = found.get((memory_bytes, gpus), (0, 0))
-        found[memory_bytes, gpus] = (before[0] + slots, before[1] + tasks)
+    def add(resources: Resources, slots: int, tasks: int) -> None:
+        # What is warm where says where a slot goes best, not how much room it needs.
+        resources = msgspec.structs.replace(resources, model="") if resources.model else resources
+        before = found.get(resources, (0, 0))
+        found[resources] = (before[0] + slots, before[1] + tasks)
 
-    for queue in state.queues:
-        further = _further(queue, held[queue.shape_id], busy[queue.shape_id], drain_target_s, state.now_ms)
-        add(queue.shape.memory_bytes, queue.shape.gpus, further, queue.depth)
+    tenants = {row.tenant: row for row in state.tenants}
+    quotas = {name: QuotaLeft(row) for name, row in tenants.items()}
+    for queue in sorted(state.queues, key=lambda q: service_order(q, tenants)):
+        there, needs = held[queue.shape_id], queue.resources
+        further = _further(queue, there, busy[queue.shape_id], drain_target_s, state.now_ms)
+        if (quota := quotas.get(queue.shape.tenant)) is not None:
+            # No node is added for what the tenant's quota would not let work there.
+            further = max(0, quota.take(needs.gpus, needs.gpus * needs.memory_bytes, there + further) - there)
+        add(needs, further, queue.depth)
     for request in direct:
-        add(request.memory_bytes, request.gpus, request.count, request.count)
+        add(request.needs, request.count, request.count)
     return found
 
 
-def _impossible(memory_bytes: int, gpus: int, kinds: Iterable[NodeKind]) -> Reason | None:
-    """Why nothing could ever hold the shape; None where something could."""
-    enough = False
-    for kind in kinds:
-        if len(kind.sizes) >= gpus:
-            enough = True
-            if sum(size >= memory_bytes for size in kind.sizes) >= gpus:
-                return None
-    return Reason.EXCEEDS_LARGEST_DEVICE if enough else Reason.TOO_FEW_DEVICES
-
-
-def _true_kind(group: PackGroup, index: Index, group_of: Mapping[str, str]) -> NodeKind:
+def _true_kind(group: PackGroup, state: ClusterState) -> NodeKind:
     """What a node of the group turned out to be, where there is one: settings may promise more than it has."""
-    found = [
-        NodeKind(tuple(pool.usable_bytes for pool in view.pools.values()), view.slots_max)
-        for name, view in sorted(index.nodes.items())
-        if group_of[name] == group.name and view.pools
-    ]
-    return max(found, key=lambda kind: sum(kind.sizes)) if found else group.kind
-
-
-class _Room:
-    """What is free on one node, there or not yet."""
-
-    __slots__ = ("free", "group", "largest", "left", "name", "touched", "used")
-
-    def __init__(self, name: str, group: str, free: list[int], left: int, used: bool) -> None:
-        self.name = name
-        self.group = group
-        self.free = free
-        self.left = left
-        self.used = used
-        self.touched = False
-        self.largest = max(free, default=-1)
-
-    def take(self, memory_bytes: int, gpus: int, count: int) -> int:
-        """Place up to `count` slots of a shape at once; how many found room. Devices with least free memory go first."""
-        most = min(count, self.left)
-        if most <= 0 or memory_bytes > self.largest:
-            return 0
-        order = sorted(range(len(self.free)), key=lambda i: (self.free[i], i))
-        each = {i: self.free[i] // memory_bytes for i in order if self.free[i] >= memory_bytes}
-        # So many slots of several devices each find room as no device takes part in one slot twice.
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if sum(min(number, middle) for number in each.values()) >= gpus * middle:
-                low = middle
-            else:
-                high = middle - 1
-        shares = low * gpus
-        for i, number in each.items():
-            share = min(number, low, shares)
-            self.free[i] -= share * memory_bytes
-            shares -= share
-        if low:
-            self.left -= low
-            self.touched = True
-            self.largest = max(self.free)
-        return low
+    found = [kind_of(row.info) for row in state.nodes if row.info.group == group.name and not row.left and row.info.devices]
+    return max(found, key=lambda kind: kind.total_bytes) if found else group.kind
 
 
 class _Packer:
-    """First fit, large shapes first, all slots of a shape at once. Rooms in use come before idle ones before new ones."""
+    """First fit, large requests first, all slots of a kind at once. Rooms in use come before idle ones before new ones."""
 
-    def __init__(self, rooms: list[_Room], kinds: Mapping[str, NodeKind], budgets: dict[str, int]) -> None:
+    def __init__(self, rooms: list[Room], fresh: Mapping[str, Room], budgets: dict[str, int]) -> None:
         self.rooms = rooms
-        self.kinds = kinds
+        self.fresh = fresh
         self.budgets = budgets
 
-        def order(room: _Room) -> tuple[bool, bool, int, str]:
+        def order(room: Room) -> tuple[bool, bool, int, str]:
             # Nodes of no group stay in any case, so they are filled before those that could go.
-            return (not room.used, room.group in kinds, sum(size for size in room.free if size > 0), room.name)
+            return (not room.used, room.group in fresh, sum(size for size in room.free if size > 0), room.name)
 
         rooms.sort(key=order)
 
-    def pack(self, wanted: Mapping[tuple[int, int], int]) -> int:
+    def pack(self, wanted: Mapping[Resources, int]) -> int:
         """Place all that can be placed; how many slots cannot."""
-        queue = sorted(wanted.items(), key=lambda item: (-item[0][0] * item[0][1], -item[0][0]))
+        queue = sorted(((Part(resources), count) for resources, count in wanted.items()), key=lambda item: item[0].order)
         unplaced = 0
-        for at, ((memory_bytes, gpus), count) in enumerate(queue):
+        for at, (part, count) in enumerate(queue):
             left = count
-            for taken in (True, False):  # first where there is work already, by earlier shapes too
+            memory_bytes = part.memory_bytes
+            for taken in (True, False):  # first where there is work already, by earlier requests too
                 for room in self.rooms:
                     if left and (room.used or room.touched) is taken and room.largest >= memory_bytes:
-                        left -= room.take(memory_bytes, gpus, left)
-            unplaced += self._place_anew(memory_bytes, gpus, left, queue[at + 1 :])
+                        left -= room.take(part, left)
+            unplaced += self._place_anew(part, left, queue[at + 1 :])
         return unplaced
 
-    def _place_anew(self, memory_bytes: int, gpus: int, count: int, later: Sequence[tuple[tuple[int, int], int]]) -> int:
+    def _place_anew(self, part: Part, count: int, later: Sequence[tuple[Part, int]]) -> int:
         """Place slots on new nodes; how many have none."""
         while count:
             best: tuple[float, int, str] | None = None
-            for name, kind in self.kinds.items():
-                if self.budgets[name] > 0 and (filled := _fill(kind, memory_bytes, gpus, count, later)):
-                    size = sum(kind.sizes)
+            for name, fresh in self.fresh.items():
+                if self.budgets[name] > 0 and (filled := _fill(fresh, part, count, later)):
+                    size = sum(fresh.free)
                     best = min(best or (1.0, 0, ""), (-filled / size, size, name))
             if best is None:
                 return count
             name = best[2]
             while True:
                 self.budgets[name] -= 1
-                room = _Room("", name, list(self.kinds[name].sizes), self.kinds[name].slots_max, used=False)
-                taken = room.take(memory_bytes, gpus, count)
+                room = self.fresh[name].copy()
+                taken = room.take(part, count)
                 count -= taken
                 self.rooms.append(room)
                 if count < taken or not self.budgets[name]:
@@ -351,14 +281,14 @@ class _Packer:
         return 0
 
 
-def _fill(kind: NodeKind, memory_bytes: int, gpus: int, count: int, later: Sequence[tuple[tuple[int, int], int]]) -> int:
-    """Bytes that a new node would hold of a shape and of the smaller ones after it; 0 where the shape does not fit."""
-    room = _Room("", "", list(kind.sizes), kind.slots_max, used=False)
-    taken = room.take(memory_bytes, gpus, count)
-    filled = taken * memory_bytes * gpus
+def _fill(fresh: Room, part: Part, count: int, later: Sequence[tuple[Part, int]]) -> int:
+    """Bytes that a new node would hold of a request and of the smaller ones after it; 0 where the request does not fit."""
+    room = fresh.copy()
+    taken = room.take(part, count)
+    filled = taken * part.memory_bytes * part.gpus
     if taken:
-        for (size, devices), number in later:
+        for other, number in later:
             if room.left <= 0 or room.largest <= 0:
                 break
-            filled += room.take(size, devices, number) * size * devices
+            filled += room.take(other, number) * other.memory_bytes * other.gpus
     return filled

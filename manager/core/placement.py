@@ -22,6 +22,8 @@ Floats = NDArray[np.float64]
 
 CLASSES_MAX: Final = 4096
 """Kinds of request that a policy's scores are remembered for; more than that and all are forgotten."""
+FEW_ROWS: Final = 2
+"""So many nodes are looked at one by one before any arithmetic over columns: one that was just filled mostly takes no more."""
 
 
 class Reason(enum.StrEnum):
@@ -137,20 +139,22 @@ def place(resources: Resources, index: Index, policy: Policy, demand: Demand = N
     return Unplaced(tuple(verdict(resources, view) for _, view in sorted(index.nodes.items())))
 
 
-def find(resources: Resources, index: Index, policy: Policy, demand: Demand = NO_DEMAND) -> Grant | None:
-    """`place` without the verdicts. None: no room."""
+def find(
+    resources: Resources, index: Index, policy: Policy, demand: Demand = NO_DEMAND, only: Ints | None = None
+) -> Grant | None:
+    """`place` without the verdicts. None: no room. `only`: rows of the index's table to which it may go; None: all."""
     table = index.table
-    if not table.names:
+    if not table.names or (only is not None and not len(only)):
         return None
     # Demand is in the key by identity, and held by the entry, so that no later one can be taken for it.
-    known: dict[Resources, _Scored] = index.memo.setdefault((policy.name, demand), {})
+    known: dict[Resources, _Scored] = table.recall((policy.name, demand), dict)
     scored = known.get(resources)
     if scored is None:
         if len(known) >= CLASSES_MAX:
             known.clear()
         scored = known[resources] = _Scored(resources, table)
     scored.update(table, policy, demand)
-    row = int(scored.best.argmin())
+    row = int(scored.best.argmin()) if only is None else int(only[scored.best[only].argmin()])
     if scored.best[row] == np.inf:
         return None
     uuids = table.uuids[row]
@@ -171,34 +175,35 @@ class _Scored:
 
     def update(self, table: Table, policy: Policy, demand: Demand) -> None:
         """Score the rows again that have changed."""
-        rows = table.changed_since(self.mark) if self.mark >= 0 else None
-        if rows is None:
-            rows = np.arange(len(table.names))
-        self.mark = table.at
-        if not len(rows):
+        if self.mark == table.now:
             return
+        rows = table.changed_since(self.mark)
+        self.mark = table.now
         self.best[rows] = np.inf
+        if len(rows) <= FEW_ROWS:
+            rows = np.array([row for row in rows.tolist() if _could_take(self.resources, table.views[row])], np.int64)
+            if not len(rows):
+                return
         options = options_of(self.resources, table, rows, self.matching)
-        if not len(options.row):
+        row = options.row
+        if not len(row):
             return
         scores = policy.scores(options, demand)
-        # The first of the lowest of each row: alternatives of a row stand together, and lexsort is stable.
-        order = np.lexsort((scores, options.row))
-        row = options.row[order]
-        first = order[np.flatnonzero(np.concatenate(([True], row[1:] != row[:-1])))]
-        self.best[options.row[first]] = scores[first]
-        self.devices[options.row[first]] = options.devices[first]
+        # From the worst to the best, of equal ones the last first: so the row keeps the first of its best.
+        order = scores.argsort(kind="stable")[::-1]
+        self.best[row[order]] = scores[order]
+        self.devices[row[order]] = options.devices[order]
 
 
 def options_of(resources: Resources, table: Table, rows: Ints, matching: Bools | None) -> Options:
     """All alternatives on `rows`: each device where one is asked for, else the tightest that there are on each node."""
     gpus = resources.gpus
-    if gpus == 0:
-        found = rows[table.hosts(resources, rows)]
-        return Options(resources, table, found, np.zeros((len(found), 0), np.int64))
+    rows = table.hosts(resources, rows)
+    if gpus == 0 or not len(rows):
+        return Options(resources, table, rows, np.zeros((len(rows), gpus), np.int64))
     fits = table.fitting(resources, rows, matching)
     if gpus == 1:
-        at, device = np.nonzero(fits)
+        at, device = fits.nonzero()
         return Options(resources, table, rows[at], device[:, None])
     enough = np.flatnonzero(fits.sum(axis=1) >= gpus)
     rows, fits = rows[enough], fits[enough]
@@ -220,7 +225,7 @@ def options_of(resources: Resources, table: Table, rows: Ints, matching: Bools |
 
 def devices_for(resources: Resources, view: NodeView) -> tuple[str, ...] | None:
     """The tightest devices of one node that would do now; None where they would not."""
-    if not view.placeable or view.cpu_free_milli < resources.cpu_milli or view.host_free_bytes < resources.host_memory_bytes:
+    if not view.placeable or not _has_cpus(resources, view) or not _has_host_memory(resources, view):
         return None
     fitting = [device for device in view.devices.values() if _fits(resources, device)]
     fitting.sort(key=lambda device: (device.pool.free_bytes, device.free_milli))
@@ -234,12 +239,38 @@ def devices_for(resources: Resources, view: NodeView) -> tuple[str, ...] | None:
     return tuple(chosen) if len(chosen) == resources.gpus else None
 
 
+def _could_take(resources: Resources, view: NodeView) -> bool:
+    """False where the node takes nothing of the kind now; devices that share memory are counted as if they did not."""
+    if not view.placeable or not _has_cpus(resources, view):
+        return False
+    memory_bytes, gpus = resources.memory_bytes, resources.gpus
+    for device in view.devices.values():
+        if device.pool.free_bytes >= memory_bytes and gpus:
+            gpus -= _fits(resources, device)
+    return gpus == 0
+
+
+# Of what is not asked for none is counted, however much less than nothing of it is free: room may be kept that is not free yet.
+
+
+def _has_share(resources: Resources, device: DeviceView) -> bool:
+    return not resources.share_milli or device.free_milli >= resources.share_milli
+
+
+def _has_cpus(resources: Resources, view: NodeView) -> bool:
+    return not resources.cpu_milli or view.cpu_free_milli >= resources.cpu_milli
+
+
+def _has_host_memory(resources: Resources, view: NodeView) -> bool:
+    return not resources.host_memory_bytes or view.host_free_bytes >= resources.host_memory_bytes
+
+
 def _fits(resources: Resources, device: DeviceView) -> bool:
     return (
         device.pool.healthy
         and not device.alone
         and device.pool.free_bytes >= resources.memory_bytes
-        and device.free_milli >= resources.share_milli
+        and _has_share(resources, device)
         and device.kind.matches(resources)
         and not (resources.exclusive and (device.slots or device.kept))
     )
@@ -303,7 +334,7 @@ def verdict(resources: Resources, view: NodeView) -> Verdict:
     free = [device for device in devices if not device.alone and not (resources.exclusive and (device.slots or device.kept))]
     if len(free) < gpus:
         return says(Reason.DEVICE_IN_USE)
-    share = [device for device in free if device.free_milli >= resources.share_milli]
+    share = [device for device in free if _has_share(resources, device)]
     if len(share) < gpus:
         return says(Reason.INSUFFICIENT_SHARE)
     if (missing := _short(resources, share, _free)) > 0:
@@ -312,9 +343,9 @@ def verdict(resources: Resources, view: NodeView) -> Verdict:
         if _short(resources, share, lambda pool: pool.free_bytes + sum(pool.kept.values())) <= 0:
             return says(Reason.RESERVED_FOR_LARGER, missing)
         return says(Reason.INSUFFICIENT_MEMORY, missing)
-    if view.cpu_free_milli < resources.cpu_milli:
+    if not _has_cpus(resources, view):
         return says(Reason.INSUFFICIENT_CPU)
-    if view.host_free_bytes < resources.host_memory_bytes:
+    if not _has_host_memory(resources, view):
         return says(Reason.INSUFFICIENT_HOST_MEMORY)
     return says(Reason.TOO_MANY_SLOTS)
 
@@ -360,15 +391,20 @@ def victims(resources: Resources, index: Index, costs: Mapping[str, float]) -> t
         index: the ledger.
         costs: what ending each slot costs; slots that are not in it stay.
     """
+    table = index.table
+    if len(options_of(resources, table, np.arange(len(table.names)), table.matching(resources)).row):
+        return ()  # it fits as it is
     best: tuple[float, int, str, tuple[str, ...]] | None = None
-    for name, view in index.nodes.items():
-        if not view.usable or len(view.devices) < resources.gpus:
+    for name in {grant.node for slot in costs if (grant := index.grants.get(slot)) is not None}:
+        view = index.nodes.get(name)
+        if view is None or not view.usable or len(view.devices) < resources.gpus:
+            continue
+        # One slot at least must end here: where the cheapest is no better than what was found, nothing is.
+        if best is not None and (min((costs[s] for s in view.slots if s in costs), default=np.inf), 1, name) >= best[:3]:
             continue
         chosen = _victims_on(resources, view, index.grants, costs)
-        if chosen is None:
+        if not chosen:  # no set of them does, or what is missing is not theirs to give
             continue
-        if not chosen:
-            return ()  # it fits as it is
         candidate = (sum(costs[slot] for slot in chosen), len(chosen), name, chosen)
         if best is None or candidate < best:
             best = candidate
@@ -389,7 +425,7 @@ def _victims_on(
         return None
     chosen = {slot for _, _, slots in sorted(options)[: resources.gpus] for slot in slots}
     is_simple = len(view.pools) == len(view.devices) and not resources.cpu_milli and not resources.host_memory_bytes
-    if is_simple and len(view.slots) - len(chosen) < view.slots_max:
+    if is_simple and len(view.slots) + len(view.kept) - len(chosen) < view.slots_max:
         return tuple(sorted(chosen))
     # Devices that share memory, CPUs, memory of the host and the number of slots may need more of them than that.
     scratch = view.copy()
@@ -401,23 +437,33 @@ def _victims_on(
             return None
         scratch.remove(others[0], grants[others[0]])
         chosen.add(others.pop(0))
+    for slot in sorted(chosen, key=lambda s: (-costs[s], s)):  # what came later may have been enough alone
+        scratch.enter(slot, grants[slot])
+        if devices_for(resources, scratch) is None:
+            scratch.remove(slot, grants[slot])
+        else:
+            chosen.discard(slot)
     return tuple(sorted(chosen))
 
 
 def _clear(resources: Resources, device: DeviceView, costs: Mapping[str, float]) -> tuple[str, ...] | None:
     """Slots whose end makes room for one part of the request on the device, none of them needlessly; None where none do."""
-    alone = resources.exclusive or bool(device.alone)
-    if alone and (device.slots or device.kept):
-        return tuple(sorted(device.slots)) if not device.kept and all(slot in costs for slot in device.slots) else None
+    if (resources.exclusive and device.kept) or device.alone & device.kept.keys():
+        return None
+    must = sorted(device.slots) if resources.exclusive else sorted(device.alone)
+    if any(slot not in costs for slot in must):
+        return None
     pool = device.pool
     sizes = {slot: max(lease, pool.used.get(slot, 0)) for slot, lease in pool.leases.items() if slot in costs}
-    by_memory = _enough(resources.memory_bytes - pool.free_bytes, sizes, costs)
+    missing = resources.memory_bytes - pool.free_bytes - sum(sizes.pop(slot, 0) for slot in must)
+    by_memory = _enough(missing, sizes, costs)
     if by_memory is None:
         return None
-    shares = {slot: share for slot, share in device.slots.items() if slot in costs and slot not in by_memory}
-    missing = resources.share_milli - device.free_milli - sum(device.slots.get(slot, 0) for slot in by_memory)
-    by_share = _enough(missing, shares, costs)
-    return None if by_share is None else (*by_memory, *by_share)
+    going = (*must, *by_memory)
+    shares = {slot: share for slot, share in device.slots.items() if slot in costs and slot not in going}
+    missing = resources.share_milli - device.free_milli - sum(device.slots.get(slot, 0) for slot in going)
+    by_share = _enough(missing if resources.share_milli else 0, shares, costs)
+    return None if by_share is None else (*going, *by_share)
 
 
 def _enough(missing: int, sizes: Mapping[str, int], costs: Mapping[str, float]) -> tuple[str, ...] | None:

@@ -3,9 +3,9 @@
 A slot of a shape serves its tasks one after the other, so the question is how many slots drain the queue in time
 (`manager.core.needs`), whether they fit, and, where they do not, whose slots end for them (`manager.core.closing`). What cannot
 be placed is asked for once per shape: the held slot is what victims are chosen for, again in each round, until it is placed.
+No more slots are asked for than the tenant's quota lets work (`manager.core.shares` says how fair shares are measured).
 """
 
-from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -56,18 +56,17 @@ class Plan(msgspec.Struct, frozen=True):
     keep: tuple[tuple[str, Grant], ...] = ()
 
 
-def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mapping[str, float], limits: Limits) -> Plan:
+def plan(state: ClusterState, index: Index, held: frozenset[str], limits: Limits) -> Plan:
     """What to open and what to close.
 
     Args:
-        state: one look at the store.
+        state: one look at the store, with the virtual times of tenants and shapes (see `shares.accounted`).
         index: the ledger that goes with it; not changed.
         held: ids of requested slots that the scheduler plugin could not place.
-        vtimes: weighted device-seconds that each shape has had; the lowest is served first.
         limits: the operator's.
     """
-    needs = needs_of(state, held, vtimes, limits)
-    closes, keep = closes_of(state, index, needs, vtimes, limits)
+    needs = needs_of(state, held, limits)
+    closes, keep = closes_of(state, index, needs, limits)
     scratch = index.copy()
     for slot_id, grant in keep:
         scratch.keep(slot_id, grant)
@@ -82,7 +81,7 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
     put_off = False
     for need in needs:
         queue = need.queue
-        missing = need.wanted - need.serving - need.asked
+        missing = need.firm - need.serving - need.asked
         if missing > 0 and starts is not None:
             # Hosts that start more processes than they have CPUs finish none of them sooner. A first one always may.
             allowed = max(starts, 0 if need.serving or need.asked else 1)
@@ -90,10 +89,11 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
             missing = min(missing, allowed)
         count = 0
         if missing > 0 and not need.held:
-            if queue.shape not in too_large:
+            resources = queue.resources
+            if resources not in too_large:
                 count = _take(queue, scratch, missing, "new")
             if count < missing:
-                too_large.add(queue.shape)
+                too_large.add(resources)
                 # One that is held makes the need visible: to explain, to victims, to the autoscaler.
                 count += need.requested == 0
         elif missing < 0:
@@ -105,7 +105,13 @@ def plan(state: ClusterState, index: Index, held: frozenset[str], vtimes: Mappin
             opens.append(Open(queue.shape_id, count, queue.shape.max_tasks_per_slot))
         # A slot that is only to be warm may be held for as long as it takes: work that comes does not wait with it.
         alive = need.serving + need.requested + count
-        wake_at.append((queue.shape_id, NEVER if need.waits else wake_depth(queue, alive, limits)))
+        wake_at.append((queue.shape_id, NEVER if need.waits or need.capped else wake_depth(queue, alive, limits)))
+    for need in needs:
+        # What the quota leaves without a slot gets one last of all, where there is room: it takes turns with its siblings.
+        if not need.serving and not need.asked and need.wanted > need.firm and (starts is None or starts > 0):
+            if count := _take(need.queue, scratch, 1, "turn"):
+                opens.append(Open(need.queue.shape_id, count, need.queue.shape.max_tasks_per_slot))
+            starts = None if starts is None else starts - count
     unsettled = put_off or any(need.waits or need.requested for need in needs)
     return Plan(
         open=tuple(opens),

@@ -4,22 +4,30 @@ Owns the names of JSON fields. Memory is integer bytes (``*_bytes``), times are 
 seconds (``*_s``). Unknown fields are refused. What the API gives is `manager.core.answers`.
 """
 
+import difflib
 import enum
-from typing import Annotated, Final
+from typing import Annotated, Final, TypedDict
 
 import msgspec
 
-from manager.core.model import Priority
-from manager.core.shapes import GPUS_MAX
+from manager.core.model import PRIORITY_MAX, Priority
+from manager.core.selectors import LABELS_MAX
+from manager.core.shapes import CPU_MILLI_MAX, GPUS_MAX
 
 TASKS_PER_BATCH_MAX: Final = 500
 """Tasks of one batch: the store accepts them in one step, which holds up everybody else."""
+PLANNED_MAX: Final = 100_000
+"""Tasks that one question is about: more than any queue is meant to hold."""
 SLOTS_WARM_MAX: Final = 10_000
 """Slots that one request keeps warm: each is a process."""
 PAGE_MAX: Final = 500
 """Tasks of one page: a page is one step of the store."""
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """What a tenant may be called: it becomes part of names in the store."""
+ARCHITECTURES_MAX: Final = 16
+"""Architectures of one request: whoever names more means any."""
+PRIORITIES: Final[dict[str, int]] = {"low": -5, "normal": 0, "high": 5, "urgent": PRIORITY_MAX}
+"""The priorities that have names."""
 
 Size = Annotated[
     int | str,
@@ -28,6 +36,26 @@ Size = Annotated[
 Duration = Annotated[
     float | str,
     msgspec.Meta(description="Seconds, or a number and a unit: '90s', '5m', '1.5h'.", examples=["5m", 300]),
+]
+Share = Annotated[
+    float | str,
+    msgspec.Meta(description="A share of each device's compute: '50%', or a number from 0 to 1.", examples=[0.5, "50%"]),
+]
+Architecture = Annotated[
+    str | Annotated[tuple[str, ...], msgspec.Meta(max_length=ARCHITECTURES_MAX)],
+    msgspec.Meta(
+        description="Names ('gfx942', 'sm_90'), families ('cdna3') or beginnings ('gfx94*'), any of which will do.",
+        examples=["gfx942", ["cdna3", "cdna4"]],
+    ),
+]
+AnyPriority = Annotated[
+    Priority | str,
+    msgspec.Meta(
+        description=f"A number from -{PRIORITY_MAX} to {PRIORITY_MAX}, or "
+        + ", ".join(f"'{name}' ({number})" for name, number in PRIORITIES.items())
+        + ".",
+        examples=["high", 0],
+    ),
 ]
 Arguments = Annotated[
     msgspec.Raw,
@@ -50,10 +78,41 @@ class ResourceRequest(Request, frozen=True):
     Attributes:
         memory: memory on each device.
         gpus: how many devices, all on one node.
+        share: of the compute of each device; 0: none is counted.
+        architecture: what each device must be; an empty text: anything.
+        device_model: what the model of each device must be called, or a part of that; an empty text: anything.
+        labels: what the node's labels must be.
+        cpus: of the node, 0.5 is half of one; 0: none are counted.
+        host_memory: of the node; 0: none is counted.
+        exclusive: nobody else may have anything on these devices.
+        model: what should be loaded already where the task is placed; an empty text: nothing.
     """
 
     memory: Size | None = None
     gpus: Annotated[int, msgspec.Meta(ge=1, le=GPUS_MAX)] | None = None
+    share: Share | None = None
+    architecture: Architecture | None = None
+    device_model: Annotated[str, msgspec.Meta(max_length=1024, examples=["MI300X"])] | None = None
+    labels: Annotated[dict[str, str], msgspec.Meta(max_length=LABELS_MAX)] | None = None
+    cpus: Annotated[float, msgspec.Meta(ge=0, le=CPU_MILLI_MAX // 1000)] | None = None
+    host_memory: Size | None = None
+    exclusive: bool | None = None
+    model: Annotated[str, msgspec.Meta(max_length=200)] | None = None
+
+
+class Needs(TypedDict, total=False):
+    """`ResourceRequest` as keyword arguments of the Python client. What is None comes from the function."""
+
+    memory: int | str | None
+    gpus: int | None
+    share: float | str | None
+    architecture: str | tuple[str, ...] | None
+    device_model: str | None
+    labels: dict[str, str] | None
+    cpus: float | None
+    host_memory: int | str | None
+    exclusive: bool | None
+    model: str | None
 
 
 class TaskRequest(Request, frozen=True):
@@ -63,17 +122,29 @@ class TaskRequest(Request, frozen=True):
         function: a registered name, see GET /v1/functions.
         args: JSON object of its keyword arguments.
         resources: what it needs.
-        priority: -10 to 10; higher first.
+        priority: higher first.
         max_attempts: how often the function may run if it fails.
         time_limit: how long one attempt may take.
+        allow_infeasible: accept it although no node that is known, or could be added, could ever hold it.
     """
 
     function: Annotated[str, msgspec.Meta(min_length=1, max_length=200, examples=["echo"])]
     args: Arguments = msgspec.field(default_factory=no_arguments)
     resources: ResourceRequest = ResourceRequest()
-    priority: Priority = 0
+    priority: AnyPriority = 0
     max_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
     time_limit: Duration | None = None
+    allow_infeasible: bool = False
+
+
+class PlanRequest(TaskRequest, frozen=True):
+    """Tasks that are asked about, and not submitted: fields as of a task. Its arguments are checked where there are any.
+
+    Attributes:
+        count: how many of them.
+    """
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=PLANNED_MAX)] = 1
 
 
 class BatchRequest(Request, frozen=True):
@@ -131,3 +202,22 @@ class KeyRequest(Request, frozen=True):
 
     tenant: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN, max_length=63, examples=["vision"])]
     scope: KeyScope = KeyScope.USER
+
+
+def priority_of(value: int | str) -> int:
+    """The number of a priority that may be given by its name.
+
+    Raises:
+        ValueError: says what was wrong and what would be right.
+    """
+    if isinstance(value, str):
+        number = PRIORITIES.get(value.strip().lower())
+        if number is None:
+            near = difflib.get_close_matches(value.strip().lower()[:40], PRIORITIES, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{value[:40]!r} is not a priority{hint}: write {', '.join(PRIORITIES)}, "
+                f"or a number from -{PRIORITY_MAX} to {PRIORITY_MAX}"
+            )
+        return number
+    return value

@@ -31,6 +31,8 @@ _ARCHITECTURE: Final = re.compile(r"gfx[0-9a-f]{2,5}|sm_[0-9]{2,3}[a-z]?")
 _BEGINNING: Final = re.compile(r"(gfx[0-9a-f]{0,5}|sm_[0-9]{0,3})\*")
 _MODEL: Final = re.compile(r"[a-z0-9][a-z0-9 ._-]{0,62}")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
+MODELS_MAX: Final = 16
+"""Device models of one request, any of which will do."""
 LABELS_MAX: Final = 32
 """Labels of one node or request."""
 
@@ -56,15 +58,21 @@ def architectures_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def device_model_of(text: str) -> str:
-    """What a request names as device model, in its one form.
+    """What a request names as device model, in its one form: a part of a name, or several with ``|`` between.
 
     Raises:
         ValueError: says what was wrong and what would be right.
     """
-    model = " ".join(text.lower().split())
-    if model and not _MODEL.fullmatch(model):
-        raise ValueError(f"{text[:40]!r} is not a device model: write a part of its name, such as 'MI300X'")
-    return model
+    if not text.strip():
+        return ""
+    models = {" ".join(part.lower().split()) for part in text.split("|")}
+    if len(models) > MODELS_MAX:
+        raise ValueError(f"{len(models)} device models are more than the {MODELS_MAX} that a request may name")
+    if not all(_MODEL.fullmatch(model) for model in models):
+        raise ValueError(
+            f"{text[:40]!r} is not a device model: write a part of its name, such as 'MI300X', or several as 'MI300X|MI325X'"
+        )
+    return "|".join(sorted(models))
 
 
 def labels_of(pairs: Iterable[tuple[str, str]]) -> Labels:
@@ -99,9 +107,9 @@ def has_architecture(resources: Resources, architecture: str) -> bool:
 
 
 def has_model(resources: Resources, model: str) -> bool:
-    """Whether a device of this model will do: all words that were named occur in it."""
+    """Whether a device of this model will do: all words of one of the models that were named occur in it."""
     name = model.lower()
-    return all(word in name for word in resources.device_model.split())
+    return any(all(word in name for word in wanted.split()) for wanted in resources.device_model.split("|"))
 
 
 def has_labels(resources: Resources, labels: Labels) -> bool:

@@ -32,7 +32,8 @@ class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         share_milli: of the compute of each device, in thousandths; 0: no share is asked for, and none is counted.
         architectures: of which each device must have one: names (``gfx942``), families (``cdna3``) or beginnings
             (``gfx94*``); none: any does. In the order of the alphabet.
-        device_model: what the device's model must contain, in lower case; empty: any does.
+        device_model: what the device's model must contain, in lower case, or several of these with ``|`` between, any of
+            which will do; empty: any does.
         labels: what the node's labels must be.
         cpu_milli: of the host's CPUs, in thousandths of one; 0: none is counted.
         host_memory_bytes: of the host's memory; 0: none is counted.
@@ -114,15 +115,20 @@ def grant_of(resources: Resources, node: str, devices: tuple[str, ...]) -> Grant
     )
 
 
+def _class_step(memory_bytes: int) -> int:
+    return 256 * MIB if memory_bytes <= 8 * GIB else 512 * MIB if memory_bytes <= 32 * GIB else GIB
+
+
 def memory_class(memory_bytes: int) -> int:
     """`memory_bytes` rounded up to its class: 256 MiB steps to 8 GiB, 512 MiB to 32 GiB, 1 GiB above."""
-    if memory_bytes <= 8 * GIB:
-        step = 256 * MIB
-    elif memory_bytes <= 32 * GIB:
-        step = 512 * MIB
-    else:
-        step = GIB
+    step = _class_step(memory_bytes)
     return -(-memory_bytes // step) * step
+
+
+def memory_class_within(memory_bytes: int) -> int:
+    """The largest class that `memory_bytes` can hold; 0: none."""
+    step = _class_step(memory_bytes)
+    return max(0, memory_bytes // step * step)
 
 
 def shape_of(tenant: str, environment: str, resources: Resources, max_tasks_per_slot: int = 0) -> Shape:

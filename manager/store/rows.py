@@ -18,8 +18,9 @@ from manager.core.model import (
     TaskEvent,
     TaskRecord,
     TaskSpec,
+    TenantRow,
 )
-from manager.core.shapes import Shape
+from manager.core.shapes import Grant, Shape
 
 TASK_FIELDS: Final = (
     *("state", "tenant", "function", "shape", "attempt", "failures", "crashes", "losses", "score", "node", "slot"),
@@ -119,9 +120,17 @@ def opened(reply: list[Any]) -> OpenReply:
     return OpenReply(word, reply[1].decode(), _shape(reply[2]))
 
 
+def grant_fields(grant: Grant) -> tuple[str | int, ...]:
+    """A grant in the order of the library's `write_grant`, from where the devices stand."""
+    return (
+        *(",".join(grant.devices), grant.memory_bytes, grant.share_milli, grant.cpu_milli, grant.host_memory_bytes),
+        *("1" if grant.exclusive else "", grant.model),
+    )
+
+
 def _slot(row: list[Any]) -> SlotRow:
     slot_id, shape, status, node, incarnation, devices, flag, requested, opened_at, idle, served = row[:11]
-    token, kind, memory, running = row[11:]
+    token, kind, memory, share, cpu, host, exclusive, model, score, running = row[11:]
     return SlotRow(
         slot_id=slot_id.decode(),
         shape_id=_text(shape),
@@ -138,11 +147,17 @@ def _slot(row: list[Any]) -> SlotRow:
         running=int(running),
         kind=SlotKind(_text(kind)),
         memory_bytes=int(memory or 0),
+        share_milli=int(share or 0),
+        cpu_milli=int(cpu or 0),
+        host_memory_bytes=int(host or 0),
+        exclusive=exclusive == b"1",
+        model=_text(model),
+        score=int(score) if score and int(running) else None,
     )
 
 
 def _queue(row: list[Any]) -> QueueRow:
-    shape_id, shape, depth, head, queued, run_ms, warm, unload = row
+    shape_id, shape, depth, head, queued, run_ms, warm, unload, learned, peak, vtime = row
     return QueueRow(
         shape_id=shape_id.decode(),
         shape=_shape(shape),
@@ -152,6 +167,9 @@ def _queue(row: list[Any]) -> QueueRow:
         run_s=float(run_ms) / 1000 if run_ms else None,
         warm=int(warm),
         unload_ms=_ms(unload),
+        learned_bytes=int(learned),
+        peak_bytes=int(peak or 0),
+        vtime_s=float(vtime) if vtime else None,
     )
 
 
@@ -182,6 +200,22 @@ def _node(row: list[Any]) -> NodeRow:
     )
 
 
+def _tenant(row: list[Any]) -> TenantRow:
+    tenant, gpus, memory, running, active, gpus_max, memory_max, running_max, weight, vtime = row
+    return TenantRow(
+        tenant=tenant.decode(),
+        gpus=int(gpus or 0),
+        memory_bytes=int(memory or 0),
+        running=int(running or 0),
+        active=int(active or 0),
+        gpus_max=int(gpus_max or 0) or None,
+        memory_bytes_max=int(memory_max or 0) or None,
+        running_max=int(running_max or 0) or None,
+        weight=float(weight or 1),
+        vtime_s=float(vtime) if vtime else None,
+    )
+
+
 def _refusal(node: bytes, said: bytes) -> Refusal:
     at, _, problem = said.decode().partition(" ")
     return Refusal(node.decode(), int(at), problem)
@@ -189,7 +223,7 @@ def _refusal(node: bytes, said: bytes) -> Refusal:
 
 def state(reply: list[Any]) -> ClusterState:
     """One look at the cluster."""
-    now, queues, slots, nodes, refused, (dask, dask_since) = reply
+    now, queues, slots, nodes, refused, (dask, dask_since), tenants = reply
     return ClusterState(
         now_ms=int(now),
         queues=tuple(sorted((_queue(row) for row in queues), key=lambda row: row.shape_id)),
@@ -198,4 +232,5 @@ def state(reply: list[Any]) -> ClusterState:
         refused=tuple(sorted((_refusal(*refused[i : i + 2]) for i in range(0, len(refused), 2)), key=lambda row: row.node)),
         dask=dask == b"ok" if dask else None,
         dask_ms=_ms(dask_since),
+        tenants=tuple(sorted((_tenant(row) for row in tenants), key=lambda row: row.tenant)),
     )

@@ -23,6 +23,7 @@ from manager.core.model import (
     ClusterState,
     DeviceUse,
     End,
+    MemoryNote,
     NextReply,
     NodeInfo,
     OpenReply,
@@ -30,9 +31,10 @@ from manager.core.model import (
     TaskEvent,
     TaskRecord,
     TaskSpec,
+    TenantRow,
     priority_offset,
 )
-from manager.core.shapes import Shape, encode_shape
+from manager.core.shapes import Grant, Shape, encode_shape
 from manager.metrics import STORE_ERRORS, STORE_RECONNECTS
 from manager.store import rows
 from manager.store.connection import StoreConnection, StoreReplyError
@@ -198,15 +200,22 @@ class Store:
 
     # --- slots, for agents --------------------------------------------------------------------------------------
 
-    async def open_slot(self, slot_id: str, node: str, incarnation: str, devices: Sequence[str]) -> OpenReply:
-        """Open a slot on a node; asking the same incarnation again is adoption."""
-        reply = await self._run("ry_open", slot_id, node, incarnation, ",".join(devices))
-        return rows.opened(reply)
+    async def open_slot(self, slot_id: str, incarnation: str, grant: Grant) -> OpenReply:
+        """Open a slot on the node of its grant; asking the same incarnation again is adoption."""
+        return rows.opened(await self._run("ry_open", slot_id, grant.node, incarnation, *rows.grant_fields(grant)))
 
-    async def open_direct(self, slot_id: str, node: str, incarnation: str, devices: Sequence[str], memory_bytes: int) -> str:
+    async def open_direct(self, slot_id: str, incarnation: str, grant: Grant) -> str:
         """Note a slot that runs a Dask task of somebody's: OK, ADOPTED, FENCED, REFUSED (a known id) or CORDONED."""
-        reply = await self._run("ry_open_direct", slot_id, node, incarnation, ",".join(devices), memory_bytes)
+        reply = await self._run("ry_open_direct", slot_id, grant.node, incarnation, *rows.grant_fields(grant))
         return str(reply.decode())
+
+    async def note_memory(self, incarnation: str, notes: Iterable[MemoryNote]) -> None:
+        """What slots of this incarnation were seen to use. Where more is learned, slots that lease less take no more tasks."""
+        args: list[Any] = []
+        for note in notes:
+            args += (note.slot_id, note.peak_bytes, note.learned_bytes)
+        if args:
+            await self._run("ry_memory", incarnation, *args)
 
     async def next(self, slot_id: str, incarnation: str, n: int, ends: Iterable[End]) -> NextReply:
         """Commit `ends`, then claim up to `n` tasks (0: only commit)."""
@@ -356,6 +365,21 @@ class Store:
         """What the leader has planned: how many slots are held, and at which depth a shape asks for another round."""
         args = [value for pair in wake_at for value in pair]
         return bool(await self._run("ry_planned", token, held, *args) != b"STALE")
+
+    async def share(self, token: int, tenants: Sequence[TenantRow], vtimes: Iterable[tuple[str, float]]) -> bool:
+        """What tenants may have at work and what they have had, and the same of shapes. False: the token is stale."""
+        args: list[Any] = [len(tenants)]
+        for row in tenants:
+            args += (row.tenant, row.running_max or 0, row.gpus_max or 0, row.memory_bytes_max or 0, row.weight)
+            args.append(f"{row.vtime_s or 0.0:.3f}")
+        for shape_id, vtime_s in vtimes:
+            args += (shape_id, f"{vtime_s:.3f}")
+        return bool(await self._run("ry_shares", token, *args) != b"STALE")
+
+    async def age(self, token: int, seconds: float, shape_ids: Sequence[str]) -> int | None:
+        """Tasks that have waited for so long rise by one priority; how many have, None: the token is stale."""
+        risen = int(await self._run("ry_age", token, int(_milliseconds(seconds)), IDS_MAX, *shape_ids))
+        return None if risen < 0 else risen
 
     async def reached(self, token: int, *, dask: bool) -> bool:
         """Whether the leader reaches the Dask scheduler, for people to see. False: the token is stale."""

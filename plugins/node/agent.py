@@ -23,6 +23,7 @@ from manager.core.errors import RegistrationRefused, RocyardError, StoreUnavaila
 from manager.core.ids import new_id
 from manager.core.lifecycle import Cordon
 from manager.core.model import BeatReply, NodeInfo
+from manager.core.selectors import labels_of
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS
 from manager.settings import Settings
@@ -30,6 +31,7 @@ from manager.store import Store, StoreConnection
 from plugins.node.device_watch import DeviceWatch
 from plugins.node.devices.probe import Prober
 from plugins.node.executors import Pulse
+from plugins.node.host import host_cpus, host_memory_bytes
 from plugins.node.link import (
     Answer,
     AskBeat,
@@ -86,6 +88,10 @@ class Agent:
         self.functions = Functions(settings.functions, dict(os.environ))
         self.pulse = Pulse()
         self.metrics_url = ""
+        self.cpus = host_cpus()
+        self.host_memory_bytes = host_memory_bytes()
+        group = settings.groups.get(settings.node.group)
+        self.labels = labels_of({**(group.labels if group is not None else {}), **settings.node.labels}.items())
         self.watch = DeviceWatch(node, prober, settings.node.probe_s)
         self.worker = WorkerSupervisor(self._worker_config, worker_environment(dict(os.environ)), settings.node.registration_s)
         self._beat_now = asyncio.Event()
@@ -228,10 +234,12 @@ class Agent:
             devices=self.watch.devices,
             reserve_bytes=self.slots.reserve_bytes,
             slots_max=self.settings.node.slots_max,
-            cpus=len(os.sched_getaffinity(0)),
+            cpus=self.cpus,
             metrics_url=self.metrics_url,
             group=self.settings.node.group,
             machine=_machine(self.prober.kind),
+            host_memory_bytes=self.host_memory_bytes,
+            labels=self.labels,
         )
         while True:
             try:
@@ -300,6 +308,9 @@ class Agent:
         if self._devices_changed and await self._try_to_register():
             self._devices_changed = False
             self.worker.restart()  # its registration report is what tells the scheduler of new devices
+        if notes := self.watch.notes(self.slots):
+            await self.store.note_memory(self.incarnation, notes)
+            self.watch.noted(notes)
 
     async def _publish(self) -> None:
         await self.functions.describe()
@@ -326,6 +337,9 @@ class Agent:
                     slots_max=self.settings.node.slots_max,
                     slots=self.slots.report(),
                     cordoned=self.cordoned,
+                    cpu_milli=self.cpus * 1000,
+                    host_memory_bytes=self.host_memory_bytes,
+                    labels=self.labels,
                 )
             case AskBeat():
                 self.worker.heard()

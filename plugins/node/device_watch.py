@@ -6,21 +6,18 @@ It looks through the prober only, and attributes memory to slots by process sess
 import asyncio
 import os
 import time
-from typing import Final
 
-from manager.core.devices import Device, Probe
-from manager.core.model import DeviceUse
+from manager.core.devices import Device, Probe, Reading
+from manager.core.model import DeviceUse, MemoryNote
+from manager.core.shapes import memory_class_within
 from manager.log import get_logger
 from manager.metrics import SLOTS
 from plugins.node.attribution import attribute
 from plugins.node.device_metrics import DeviceMetrics
 from plugins.node.devices.probe import Prober
+from plugins.node.lease_watch import LeaseWatch, SlotUse
+from plugins.node.runner import SlotRunner
 from plugins.node.slot_table import SlotTable
-
-READINGS_ABOVE_LEASE: Final = 2
-"""A slot must be seen above its lease so often in a row before it is ended."""
-MEMORY_TOLERANCE_BYTES: Final = 64 * 1024 * 1024
-"""What drivers account to a process beyond its own allocations differs by so much from call to call."""
 
 log = get_logger("rocyard.agent")
 
@@ -39,7 +36,8 @@ class DeviceWatch:
         self.devices: tuple[Device, ...] = ()
         self.uses: tuple[DeviceUse, ...] = ()
         self.read_s = time.monotonic()
-        self._above: dict[str, int] = {}
+        self._pools: dict[str, str] = {}
+        self._leases = LeaseWatch()
         self._metrics = DeviceMetrics(node)
 
     async def first_look(self, slots: SlotTable) -> None:
@@ -63,29 +61,50 @@ class DeviceWatch:
     def _take(self, probe: Probe, slots: SlotTable) -> None:
         self.devices = probe.devices or self.devices
         sessions = {runner.session: runner.slot_id for runner in slots.live.values()}
-        leases: dict[str, dict[str, int]] = {device.uuid: {} for device in self.devices}
+        self._pools = {device.uuid: device.pool_key for device in self.devices}
+        readings: dict[str, list[Reading]] = {}
+        for device, reading in zip(probe.devices, probe.readings, strict=True):
+            readings.setdefault(device.pool_key, []).append(reading)
+        leases: dict[str, dict[str, int]] = {pool: {} for pool in self._pools.values()}
         for runner in slots.live.values():
             for uuid in runner.grant.devices:
-                leases.setdefault(uuid, {})[runner.slot_id] = runner.grant.memory_bytes
+                leased = leases.setdefault(self._pools.get(uuid, uuid), {})
+                leased[runner.slot_id] = leased.get(runner.slot_id, 0) + runner.grant.memory_bytes
         self.uses = tuple(
-            attribute(reading, lambda pid: sessions.get(_session(pid)), leases.get(reading.uuid, {}))
-            for reading in probe.readings
+            use
+            for pool, those in readings.items()
+            for use in attribute(those, lambda pid: sessions.get(_session(pid)), leases[pool])
         )
         self._metrics.show(self.devices, self.uses, leases)
         SLOTS.labels(status="live").set(len(slots.live))
-        self._mind_leases(slots)
+        for note in self._leases.look(self._slot_uses(slots)):
+            if (above := slots.live.get(note.slot_id)) is not None:
+                above.exceeded(note)
 
-    def _mind_leases(self, slots: SlotTable) -> None:
-        """End what takes more than its lease, seen twice in a row."""
-        above: dict[str, int] = {}
-        for use in self.uses:
+    def _slot_uses(self, slots: SlotTable) -> dict[str, SlotUse]:
+        """What each slot uses of one of its devices, by that on which it uses most."""
+        totals = {device.pool_key: device.memory_bytes for device in self.devices}
+        found: dict[str, SlotUse] = {}
+        for use in {self._pools[use.uuid]: use for use in self.uses}.values():
+            pool = self._pools[use.uuid]
             for slot_id, used_bytes in use.slots.items():
                 runner = slots.live.get(slot_id)
-                if runner is not None and used_bytes > runner.grant.memory_bytes + MEMORY_TOLERANCE_BYTES:
-                    above[slot_id] = self._above.get(slot_id, 0) + 1
-                    if above[slot_id] == READINGS_ABOVE_LEASE:
-                        runner.exceeded(used_bytes)
-        self._above = above
+                if runner is None:
+                    continue
+                devices = max(1, sum(self._pools.get(uuid) == pool for uuid in runner.grant.devices))
+                each_bytes = -(-used_bytes // devices)
+                if slot_id not in found or each_bytes > found[slot_id].used_bytes:
+                    most_bytes = memory_class_within((totals[pool] - slots.reserve_bytes) // devices)
+                    found[slot_id] = SlotUse(each_bytes, runner.grant.memory_bytes, runner.asked_bytes, most_bytes)
+        return found
+
+    def notes(self, slots: SlotTable) -> list[MemoryNote]:
+        """What the store is to know of the memory that slots of shapes use."""
+        return [note for note in self._leases.notes(time.monotonic()) if isinstance(slots.live.get(note.slot_id), SlotRunner)]
+
+    def noted(self, notes: list[MemoryNote]) -> None:
+        """The store knows these."""
+        self._leases.noted(notes, time.monotonic())
 
 
 def _session(pid: int) -> int:

@@ -13,14 +13,14 @@ import msgspec
 from manager.core import wire
 from manager.core.errors import StoreUnavailable
 from manager.core.functions import DEFAULT_ENVIRONMENT
-from manager.core.quantities import KIB, format_memory
-from manager.core.shapes import Grant
+from manager.core.model import MemoryNote
+from manager.core.quantities import KIB
 from manager.core.wire import Batch, Call, Done
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS
 from plugins.node.executors import Executor, ExecutorStartError, Exit, Output
 from plugins.node.link import DirectEnded, DirectOutcome, OpenDirect
-from plugins.node.slot_executor import Ending, SlotContext, ended_by
+from plugins.node.slot_executor import Ending, SlotContext, ended_by, exceeded_text
 
 TARGET: Final = "plugins.node.functions.direct:run_call"
 STORE_PAUSE_S: Final = (0.1, 1.0)
@@ -43,24 +43,29 @@ class DirectRunner:
 
     idle = False
 
-    def __init__(self, request: OpenDirect, grant: Grant, context: SlotContext, starts: asyncio.Semaphore) -> None:
+    def __init__(self, request: OpenDirect, context: SlotContext, starts: asyncio.Semaphore) -> None:
         self._starts = starts
         self.slot_id = request.slot_id
         self.request = request
-        self.grant = grant
+        self.grant = request.grant
         self.context = context
         self.opened = False
         self.finished: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.outcome = DirectEnded(DirectOutcome.AGAIN, "the node's agent failed", opened=False)
         self._executor: Executor | None = None
         self._why: Ending | None = None
-        self._used_bytes = 0
+        self._note: MemoryNote | None = None
         self._done: Done | None = None
         self._exit: Exit | None = None
         self._output = NO_OUTPUT
         self._ended = asyncio.Event()
 
     # --- what others tell it ------------------------------------------------------------------------------------
+
+    @property
+    def asked_bytes(self) -> int:
+        """Memory that was asked for on each device."""
+        return self.grant.memory_bytes
 
     @property
     def session(self) -> int | None:
@@ -89,10 +94,10 @@ class DirectRunner:
             else:
                 self._ended.set()
 
-    def exceeded(self, used_bytes: int) -> None:
+    def exceeded(self, note: MemoryNote) -> None:
         """It has used more than its lease for two readings in a row."""
-        log.warning("memory_exceeded", slot=self.slot_id, used_bytes=used_bytes, lease_bytes=self.grant.memory_bytes)
-        self._used_bytes = used_bytes
+        log.warning("memory_exceeded", slot=self.slot_id, used_bytes=note.peak_bytes, lease_bytes=self.grant.memory_bytes)
+        self._note = note
         self.end(Ending.MEMORY)
 
     # --- its life -----------------------------------------------------------------------------------------------
@@ -118,13 +123,12 @@ class DirectRunner:
 
     async def _open(self) -> str:
         """Have the store note it: why not, or nothing."""
-        store, grant = self.context.store, self.grant
+        store = self.context.store
         pause_s = STORE_PAUSE_S[0]
         unsure = False  # the store may have noted it, and nobody but us would ever close it: its answer must be had
         while self._why is None or (unsure and self._why is not Ending.FENCED):
             try:
-                incarnation = self.context.incarnation
-                word = await store.open_direct(self.slot_id, grant.node, incarnation, grant.devices, grant.memory_bytes)
+                word = await store.open_direct(self.slot_id, self.context.incarnation, self.grant)
             except StoreUnavailable:
                 unsure = True
                 await asyncio.sleep(pause_s)
@@ -181,9 +185,8 @@ class DirectRunner:
         returned = done is not None and done.ok and msgspec.json.decode(done.result, type=bool)
         if returned or (done is not None and done.ok and self._why is None):
             outcome, detail = DirectOutcome.DONE, ""
-        elif self._why is Ending.MEMORY:
-            used, lease = format_memory(self._used_bytes), format_memory(self.grant.memory_bytes)
-            outcome, detail = DirectOutcome.MEMORY, f"the task used {used} of a device, and had asked for {lease}; ask for more"
+        elif self._why is Ending.MEMORY and self._note is not None:
+            outcome, detail = DirectOutcome.MEMORY, exceeded_text(self._note, self.grant)
         elif self._why is not None:
             outcome, detail = DirectOutcome.AGAIN, self._why.value
         elif done is not None:

@@ -18,7 +18,7 @@ import msgspec
 from manager.core.devices import Device
 from manager.core.index import SLOTS_MAX
 from manager.core.model import DeviceUse
-from manager.core.shapes import Grant
+from manager.core.shapes import Grant, Labels
 from manager.core.wire import FrameReader, pack
 
 READ_BYTES: Final = 65536
@@ -31,8 +31,7 @@ class OpenSlot(msgspec.Struct, frozen=True, tag="open"):
 
     generation: int
     slot_id: str
-    devices: tuple[str, ...]
-    memory_bytes: int
+    grant: Grant
 
 
 class OpenDirect(msgspec.Struct, frozen=True, tag="open-direct"):
@@ -41,15 +40,14 @@ class OpenDirect(msgspec.Struct, frozen=True, tag="open-direct"):
     Attributes:
         generation: of the worker.
         slot_id: fresh for each request.
-        devices, memory_bytes: what was granted.
+        grant: what it has.
         call_path: file with the pickled call.
         result_path: where its outcome is to be written.
     """
 
     generation: int
     slot_id: str
-    devices: tuple[str, ...]
-    memory_bytes: int
+    grant: Grant
     call_path: str
     result_path: str
 
@@ -89,7 +87,10 @@ class LiveSlot(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, tag="reported"):
-    """The whole truth about one node at the moment that its worker registers: what is not in it is not there."""
+    """The whole truth about one node at the moment that its worker registers: what is not in it is not there.
+
+    `cpu_milli` and `host_memory_bytes` are its host's; 0: not known. `labels` are the operator's.
+    """
 
     node: str
     incarnation: str
@@ -99,6 +100,9 @@ class Report(msgspec.Struct, frozen=True, tag="reported"):
     slots: tuple[LiveSlot, ...]
     cordoned: bool = False
     slots_max: int = SLOTS_MAX
+    cpu_milli: int = 0
+    host_memory_bytes: int = 0
+    labels: Labels = ()
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beaten"):
@@ -195,13 +199,13 @@ class AgentLink:
             raise LinkBroken(f"the agent answered {answer!r}")
         return answer
 
-    async def open(self, slot_id: str, devices: tuple[str, ...], memory_bytes: int) -> str:
+    async def open(self, slot_id: str, grant: Grant) -> str:
         """Have the slot opened and wait until it has ended; why it ended.
 
         Raises:
             LinkBroken: the agent went away.
         """
-        answer = await self._ask(OpenSlot(self.generation, slot_id, devices, memory_bytes), None)
+        answer = await self._ask(OpenSlot(self.generation, slot_id, grant), None)
         match answer:
             case Ended(reason):
                 return reason
@@ -216,8 +220,7 @@ class AgentLink:
         Raises:
             LinkBroken: the agent went away, and the task with it; or this worker was replaced.
         """
-        request = OpenDirect(self.generation, slot_id, grant.devices, grant.memory_bytes, call_path, result_path)
-        answer = await self._ask(request, None)
+        answer = await self._ask(OpenDirect(self.generation, slot_id, grant, call_path, result_path), None)
         if not isinstance(answer, DirectEnded):
             raise LinkBroken(f"the agent answered {answer!r}")
         return answer

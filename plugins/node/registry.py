@@ -18,9 +18,10 @@ import msgspec
 from manager.core import wire
 from manager.core.errors import SettingsError
 from manager.core.functions import DEFAULT_ENVIRONMENT, NAME_PATTERN, PublishedFunction, is_function_name
-from manager.core.quantities import parse_memory
-from manager.core.shapes import GPUS_MAX, Resources
+from manager.core.shapes import Resources
+from manager.core.wanted import WrongField
 from manager.settings import FunctionSettings
+from manager.settings_load import function_resources
 from plugins.node.executors import describe
 
 ENTRY_POINT_GROUP: Final = "rocyard.functions"
@@ -134,6 +135,7 @@ def published(spec: FunctionSpec) -> PublishedFunction:
         environment=environment_id(spec),
         max_tasks_per_slot=spec.max_tasks_per_slot,
         error=spec.error,
+        resources=spec.resources,
     )
 
 
@@ -151,15 +153,13 @@ def _spec(name: str, settings: FunctionSettings, origin: str) -> FunctionSpec:
     if not _TARGET.fullmatch(settings.target):
         raise SettingsError(f"{origin}: target {settings.target!r} is not of the form 'package.module:callable'")
     try:
-        memory_bytes = parse_memory(settings.memory)
-    except ValueError as error:
-        raise SettingsError(f"{origin}: memory: {error}") from None
-    if settings.gpus > GPUS_MAX:
-        raise SettingsError(f"{origin}: gpus is {settings.gpus}, a task has at most {GPUS_MAX}")
+        resources = function_resources(settings)
+    except WrongField as error:
+        raise SettingsError(f"{origin}: {error.field}: {error}") from None
     return FunctionSpec(
         name=name,
         target=settings.target,
-        resources=Resources(memory_bytes, settings.gpus),
+        resources=resources,
         time_limit_s=settings.time_limit_s,
         python=_interpreter(settings.python, origin),
         path=_directory(settings.path, origin),

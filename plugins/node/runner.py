@@ -10,7 +10,7 @@ from typing import Final
 
 from manager.core.errors import StoreUnavailable
 from manager.core.lifecycle import FINAL, Outcome, TaskStatus
-from manager.core.model import Claim, End, NextReply
+from manager.core.model import Claim, End, MemoryNote, NextReply
 from manager.core.shapes import Grant, Shape
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS, TASK_DURATION, TASK_RETRIES, TASKS
@@ -45,12 +45,18 @@ class SlotRunner:
         self.work = SlotExecutor(slot_id, grant, context)
         self._wake = asyncio.Event()
         self._closing: Ending | None = None
+        self._note: MemoryNote | None = None
         self._draining = False
 
     @property
     def opened(self) -> bool:
         """Whether the store has it open."""
         return self.shape is not None
+
+    @property
+    def asked_bytes(self) -> int:
+        """Memory on each device that its shape asks for; the lease may be larger, where the shape has learned."""
+        return self.shape.memory_bytes if self.shape is not None else self.grant.memory_bytes
 
     @property
     def session(self) -> int | None:
@@ -79,10 +85,13 @@ class SlotRunner:
         self._draining = True
         self._wake.set()
 
-    def exceeded(self, used_bytes: int) -> None:
-        """The slot has used more than its lease for two readings in a row."""
-        log.warning("memory_exceeded", slot=self.slot_id, used_bytes=used_bytes, lease_bytes=self.grant.memory_bytes)
-        self.work.end(Ending.MEMORY)
+    def exceeded(self, note: MemoryNote) -> None:
+        """The slot has used more than its lease for two readings in a row: it ends, and its shape learns."""
+        log.warning("memory_exceeded", slot=self.slot_id, used_bytes=note.peak_bytes, lease_bytes=self.grant.memory_bytes)
+        self._note = note
+        self._closing = self._closing or Ending.MEMORY
+        self.work.exceeded(note)
+        self._wake.set()
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -176,12 +185,16 @@ class SlotRunner:
 
     async def _close(self, reason: str) -> str:
         """Tell the store that the slot has ended, for as long as that takes."""
-        if (self.work.ends or self.work.outputs) and (await self._next(0)).word == "FENCED":
-            return Ending.FENCED
         pause_s = STORE_PAUSE_S[0]
+        store, incarnation = self.context.store, self.context.incarnation
         while self._closing is not Ending.FENCED:
             try:
-                await self.context.store.close_slot(self.slot_id, self.context.incarnation, reason)
+                if self._note is not None:
+                    # Before the end of its task is told: where that is tried again, no slot may take it that leases less.
+                    await store.note_memory(incarnation, [self._note])
+                if (self.work.ends or self.work.outputs) and (await self._next(0)).word == "FENCED":
+                    return Ending.FENCED
+                await store.close_slot(self.slot_id, incarnation, reason)
             except StoreUnavailable:
                 await asyncio.sleep(pause_s)
                 pause_s = min(STORE_PAUSE_S[1], pause_s * 2)

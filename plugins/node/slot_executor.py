@@ -16,7 +16,8 @@ from typing import Final
 import msgspec
 
 from manager.core.lifecycle import Outcome
-from manager.core.model import Claim, End, TaskError
+from manager.core.model import Claim, End, MemoryNote, TaskError
+from manager.core.quantities import format_memory
 from manager.core.shapes import Grant, Shape
 from manager.core.wire import Batch, Call, Done
 from manager.log import get_logger
@@ -113,6 +114,7 @@ class SlotExecutor:
         self._timer: asyncio.TimerHandle | None = None
         self._began_s = 0.0
         self._told: tuple[str, int] | None = None
+        self._note: MemoryNote | None = None
 
     # --- the process --------------------------------------------------------------------------------------------
 
@@ -208,6 +210,11 @@ class SlotExecutor:
             self._ending = self._ending or (why, self._current_id())
             self._executor.kill()
 
+    def exceeded(self, note: MemoryNote) -> None:
+        """It has used more device memory than its slot leases: end it."""
+        self._note = note
+        self.end(Ending.MEMORY)
+
     def _current_id(self) -> str:
         current = self._executor.current if self._executor is not None else None
         return current.task_id if current is not None else ""
@@ -277,8 +284,8 @@ class SlotExecutor:
         elif why is Ending.TIME_LIMIT and meant == task_id:
             message = f"the task ran for longer than its limit of {claim.spec.time_limit_s:g} s and was ended"
             self._end(task_id, Outcome.FAILED, msgspec.json.encode(TaskError(why.value, message)), duration_s)
-        elif why is Ending.MEMORY:
-            message = "the task used more device memory than it had asked for; ask for more"
+        elif why is Ending.MEMORY and self._note is not None:
+            message = exceeded_text(self._note, self.grant)
             self._end(task_id, Outcome.FAILED, msgspec.json.encode(TaskError(why.value, message)), duration_s)
         else:
             self._end(task_id, Outcome.LOST)
@@ -349,3 +356,12 @@ def ended_by(returncode: int) -> str:
     except ValueError:
         name = f"signal {-returncode}"
     return f"was killed by {name}"
+
+
+def exceeded_text(note: MemoryNote, grant: Grant) -> str:
+    """What a person is told whose task took more device memory than its slot leases, and what would be right."""
+    used, lease = format_memory(note.peak_bytes), format_memory(grant.memory_bytes)
+    said = f"the task used {used} of a device, and its slot leases {lease} of it"
+    if note.learned_bytes <= grant.memory_bytes:
+        return f"{said}, and no more of it can be leased: it needs a larger device, or less memory"
+    return f"{said}; ask for {format_memory(note.learned_bytes)} or more"

@@ -8,12 +8,12 @@ import asyncio
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
 from manager.core.devices import Device
 from manager.core.errors import StoreUnavailable
-from manager.core.shapes import Grant
+from manager.core.shapes import SHARE_MILLI_MAX, Grant
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS
 from plugins.node.direct import DirectRunner
@@ -78,9 +78,9 @@ class SlotTable:
         slot_id = request.slot_id
         runner = self.live.get(slot_id)
         if runner is None:
-            if slot_id in self.closed or not request.devices:
+            grant = request.grant
+            if slot_id in self.closed or not grant.devices:
                 return "Gone"
-            grant = Grant(self.node, request.devices, request.memory_bytes)
             if (problem := self._over(grant)) is not None:
                 log.error("slot_over_committed", slot=slot_id, problem=problem)
                 return "OverCommitted"
@@ -95,8 +95,8 @@ class SlotTable:
         slot_id = request.slot_id
         runner = self.live.get(slot_id)
         if runner is None:
-            grant = Grant(self.node, request.devices, request.memory_bytes)
-            if slot_id in self.closed or not request.devices:
+            grant = request.grant
+            if slot_id in self.closed or not grant.devices:
                 problem: str | None = "Gone"
             elif self._draining:
                 problem = "Draining"
@@ -105,7 +105,7 @@ class SlotTable:
             if problem is not None:
                 self.closed.append(slot_id)
                 return DirectEnded(DirectOutcome.AGAIN, problem, opened=False)
-            runner = self.live[slot_id] = DirectRunner(request, grant, self._context(), self._direct_starts)
+            runner = self.live[slot_id] = DirectRunner(request, self._context(), self._direct_starts)
             self._spawn(self._serve_direct(runner))
         await asyncio.shield(runner.finished)
         return runner.outcome if isinstance(runner, DirectRunner) else DirectEnded(DirectOutcome.AGAIN, "Gone", opened=False)
@@ -142,7 +142,7 @@ class SlotTable:
         try:
             while True:
                 try:
-                    reply = await context.store.open_slot(runner.slot_id, self.node, context.incarnation, runner.grant.devices)
+                    reply = await context.store.open_slot(runner.slot_id, context.incarnation, runner.grant)
                     break
                 except StoreUnavailable:
                     await asyncio.sleep(STORE_PAUSE_S)
@@ -171,16 +171,28 @@ class SlotTable:
             self._ask_beat()
 
     def _over(self, grant: Grant) -> str | None:
-        """What is leased on these devices, and this, must fit; why not, or None."""
+        """What is leased on these devices and their pools, and this, must fit; why not, or None."""
+        if grant.node != self.node:
+            return f"this is node {self.node}, and what was granted is {grant.node}'s"
         if len(self.live) >= self.slots_max:
             return f"this node has {len(self.live)} slots, which is all that it may have (node.slots_max)"
-        totals = {device.uuid: device.memory_bytes for device in self._devices()}
+        devices = {device.uuid: device for device in self._devices()}
+        if missing := [uuid for uuid in grant.devices if uuid not in devices]:
+            return f"there is no device {missing[0]}"
+        others = [runner.grant for runner in self.live.values()]
         for uuid in grant.devices:
-            leased = sum(r.grant.memory_bytes for r in self.live.values() if uuid in r.grant.devices)
-            if uuid not in totals:
-                return f"there is no device {uuid}"
-            if leased + grant.memory_bytes > totals[uuid] - self.reserve_bytes:
-                return f"{uuid}: {leased} bytes are leased of {totals[uuid]}, {grant.memory_bytes} more were granted"
+            there = [other for other in others if uuid in other.devices]
+            if there and (grant.exclusive or any(other.exclusive for other in there)):
+                return f"{uuid}: a slot that wants it for itself and another one cannot both have it"
+            share_milli = sum(other.share_milli for other in there)
+            if share_milli + grant.share_milli > SHARE_MILLI_MAX:
+                return f"{uuid}: {share_milli} thousandths are leased, {grant.share_milli} more were granted"
+        pools = {devices[uuid].pool_key: devices[uuid].memory_bytes for uuid in grant.devices}
+        for pool, total_bytes in pools.items():
+            leased = sum(_bytes_of(other, pool, devices) for other in others)
+            granted = _bytes_of(grant, pool, devices)
+            if leased + granted > total_bytes - self.reserve_bytes:
+                return f"{pool}: {leased} bytes are leased of {total_bytes}, {granted} more were granted"
         return None
 
     # --- what the store says --------------------------------------------------------------------------------------
@@ -247,3 +259,8 @@ class SlotTable:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _bytes_of(grant: Grant, pool: str, devices: Mapping[str, Device]) -> int:
+    """What a grant leases of one pool: its memory for each of its devices there."""
+    return grant.memory_bytes * sum(uuid in devices and devices[uuid].pool_key == pool for uuid in grant.devices)

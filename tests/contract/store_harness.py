@@ -26,7 +26,7 @@ from manager.core.ids import new_id
 from manager.core.lifecycle import FINAL, Outcome, TaskStatus
 from manager.core.model import Claim, End, NextReply, NodeInfo, Submission, TaskRecord, TaskSpec
 from manager.core.quantities import GIB
-from manager.core.shapes import Resources, Shape, encode_shape, shape_id, shape_of
+from manager.core.shapes import Grant, Resources, Shape, encode_shape, shape_id, shape_of
 from manager.store import Store, StoreConnection, server
 from manager.store.server import EmbeddedStore, ServerSpec, is_ready
 
@@ -43,6 +43,11 @@ def info(*uuids: str, machine: str = "", memory_bytes: int = 24 * GIB) -> NodeIn
         for i, u in enumerate(uuids)
     )
     return msgspec.structs.replace(INFO, devices=devices, machine=machine)
+
+
+def granted(node: str, *devices: str, memory_bytes: int = GIB, **more: Any) -> Grant:
+    """What a slot on these devices of a node has; `more` are fields of `Grant`."""
+    return Grant(node, devices, memory_bytes, **more)
 
 
 def program(name: str) -> str:
@@ -164,7 +169,7 @@ class Lab:
 
     async def open(self, agent: Agent, shape: str = "", served_max: int = 0) -> str:
         slot = await self.request(shape, served_max)
-        assert (await self.store.open_slot(slot, agent.node, agent.incarnation, ["gpu-0"])).word == "OK"
+        assert (await self.store.open_slot(slot, agent.incarnation, granted(agent.node, "gpu-0"))).word == "OK"
         return slot
 
     async def next(self, agent: Agent, slot: str, n: int = 1, *ends: End) -> NextReply:
@@ -337,6 +342,7 @@ async def check_invariants(store: Store) -> Dump:
     found = await dump(store)
     _check_tasks(found)
     _check_counters(found)
+    _check_work(found)
     _check_slots(found)
     _check_devices(found)
     _check_events(found)
@@ -394,6 +400,29 @@ def _check_counters(found: Dump) -> None:
         _same(found.zset(f"ta:{tenant}"), live, "active-index", tenant)
         active = int(found.hashes.get(f"tn:{tenant}", {}).get("active", "0"))
         _require(active == len(live), "quota", f"{tenant}: {active}, not {len(live)}")
+
+
+def _check_work(found: Dump) -> None:
+    """What each tenant has at work, recounted from the slots that have claimed something."""
+    slots, shapes = found.group("s:"), found.hashes.get("shapes", {})
+    recount: dict[str, Counter[str]] = {}
+    for slot_id, slot in slots.items():
+        claimed = len(found.set(f"run:{slot_id}"))
+        _require(("gpus" in slot) == (claimed > 0), "work-is-marked", f"{slot_id} has {claimed} tasks: {slot}")
+        if claimed:
+            shape = msgspec.json.decode(shapes[slot["shape"]])
+            gpus = len(slot["devices"].split(","))
+            memory = gpus * int(slot["memory"] or shape["memory_bytes"])
+            recount.setdefault(shape["tenant"], Counter()).update(running=claimed, gpus=gpus, memory=memory)
+    for tenant, row in found.group("tn:").items():
+        counted = {name: int(row.get(name, "0")) for name in ("running", "gpus", "memory")}
+        wanted = {name: recount.get(tenant, Counter())[name] for name in counted}
+        _require(counted == wanted, "work-of-tenant", f"{tenant}: {counted}, not {wanted}")
+    _require(recount.keys() <= found.group("tn:").keys(), "work-of-tenant", f"{recount.keys()}")
+    for key, members in found.zsets.items():
+        if key.startswith("qw:"):
+            mine = {s for s in members if slots.get(s, {}).get("tenant") == key[3:] and slots[s]["status"] == "OPEN"}
+            _same(members, mine, "waits-for-quota", key)
 
 
 def _check_slots(found: Dump) -> None:

@@ -459,15 +459,26 @@ async def test_amd_partitions_are_devices_and_only_the_first_tells_its_activity(
     assert [each.visible_id for each in probe.devices] == ["0", "1"]
     assert [each.utilisation_ratio for each in probe.readings] == [0.5, None]
     assert all(each.healthy for each in probe.readings)
+    # Each tells of the whole GPU's memory, of which it has half.
+    assert [(each.memory_bytes, each.pool) for each in probe.devices] == [(TOTAL // 2, "")] * 2
 
 
-async def test_amd_partitions_that_share_memory_are_refused(amd):
+async def test_amd_partitions_that_share_memory_are_of_one_pool(amd):
     for index in range(2):
         amd.set(index, bus=5, function=index, partition=index, compute="DPX", memory="NPS1")
     async with probing(amd) as prober:
+        probe = await prober.probe()
+    assert [each.healthy for each in probe.readings] == [True, True]
+    assert [(each.memory_bytes, each.pool) for each in probe.devices] == [(TOTAL, "0000:05:00/NPS1/0")] * 2
+
+
+async def test_amd_partitions_of_which_the_memory_cannot_be_told_are_refused(amd):
+    for index in range(2):
+        amd.set(index, bus=5, function=index, partition=index, compute="DPX", memory="NPS4")
+    async with probing(amd) as prober:
         readings = await read(prober)
     assert [each.healthy for each in readings] == [False, False]
-    assert "share 1 pool" in readings[0].problem
+    assert "DPX/NPS4" in readings[0].problem
 
 
 async def test_amd_memory_that_is_not_told_at_first_is_known_once_it_is(amd):

@@ -212,6 +212,21 @@ async def test_a_node_that_ends_for_good_is_not_started_again(tmp_path: Path) ->
     assert restarts == []
 
 
+async def test_nodes_of_a_group_have_its_labels(tmp_path: Path) -> None:
+    group = GroupSettings(devices="2:mi300x", labels={"zone": "a"})
+    node = NodeSettings(labels={"zone": "own"})
+    made = Bench(tmp_path, Settings(groups={"g": group}, node=node))
+    await made.fleet.serve()
+    try:
+        await grow(LocalProvider(made.directory), 1)
+        assert [settings.node.labels for settings in made.started] == [{"zone": "a"}]
+    finally:
+        await made.close()
+    simulated = with_simulated_group(Settings(node=node))
+    assert simulated.groups["simulated"].labels == {"zone": "own"}
+    assert base_nodes(simulated)[0].node.labels == {"zone": "own"}
+
+
 def test_a_simulated_cluster_gets_a_group_like_its_first_nodes() -> None:
     made = with_simulated_group(Settings(node=NodeSettings(simulate="2x8:mi300x, 3x1:w7900")))
     assert made.groups == {"simulated": GroupSettings(devices="8:mi300x", workers_min=2, workers_max=4)}

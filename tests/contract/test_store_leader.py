@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
-from tests.contract.store_harness import RED, Lab, check_invariants, dump, end
+from manager.core.model import TenantRow
+from tests.contract.store_harness import RED, Lab, check_invariants, dump, end, granted, submission
 
 
 async def test_a_term_is_taken_only_from_what_was_seen(lab: Lab):
@@ -35,6 +36,7 @@ async def test_a_resigned_term_is_free_at_once(lab: Lab):
     assert await lab.store.lead("b", 1, 99, "take") == (True, 2, 0, "b")
 
 
+HIGH = submission(memory_gib=9).shape_id
 Write = Callable[[Lab, int, dict[str, Any]], Awaitable[object]]
 WRITES: dict[str, tuple[Write, object]] = {
     # name: the call with a token, its answer to an old one
@@ -44,6 +46,8 @@ WRITES: dict[str, tuple[Write, object]] = {
     "flag": (lambda lab, token, w: lab.store.flag(token, SlotFlag.CLOSE, [w["open"]]), False),
     "lost": (lambda lab, token, w: lab.store.lost(token, "n1", w["incarnation"]), (False, [])),
     "planned": (lambda lab, token, w: lab.store.planned(token, 3, [(RED, 7)]), False),
+    "share": (lambda lab, token, w: lab.store.share(token, [TenantRow(tenant="red", gpus_max=1)], [(RED, 7.0)]), False),
+    "age": (lambda lab, token, w: lab.store.age(token, 0.0, [RED, HIGH]), None),
     "reached": (lambda lab, token, w: lab.store.reached(token, dask=True), False),
     "sweep": (lambda lab, token, w: lab.store.sweep(token, 10**15, 0, 10**15), (0, 0)),
 }
@@ -54,6 +58,7 @@ async def test_no_write_of_an_old_leader_has_an_effect(lab: Lab, name: str):
     write, refusal = WRITES[name]
     agent = await lab.agent()
     await lab.submit(2)
+    await lab.one(memory_gib=9, priority=10)
     world = {"open": await lab.open(agent), "requested": await lab.request(), "incarnation": agent.incarnation}
     closed = await lab.open(agent)
     await lab.store.close_slot(closed, agent.incarnation, "Idle")
@@ -79,7 +84,7 @@ async def test_only_slots_that_nobody_opened_are_dropped(lab: Lab):
     assert await lab.store.drop(lab.token, "NotOpened", slots) == [requested]
     left = (await lab.store.look(leader=False)).slots
     assert [(row.slot_id, row.status) for row in left] == [(opened, SlotStatus.OPEN)]
-    assert (await lab.store.open_slot(requested, "n1", agent.incarnation, ["gpu-0"])).word == "REFUSED"
+    assert (await lab.store.open_slot(requested, agent.incarnation, granted("n1", "gpu-0"))).word == "REFUSED"
 
 
 async def test_a_slot_is_requested_once(lab: Lab):

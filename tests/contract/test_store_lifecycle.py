@@ -7,7 +7,7 @@ from manager.core.errors import RegistrationRefused
 from manager.core.lifecycle import Cordon, SlotFlag, SlotKind, SlotStatus, TaskStatus
 from manager.core.model import NodeInfo, NodeRow
 from manager.core.quantities import GIB
-from tests.contract.store_harness import INFO, RED, RED_SHAPE, Agent, Lab, dump, info
+from tests.contract.store_harness import INFO, RED, RED_SHAPE, Agent, Lab, dump, granted, info
 
 
 async def node(lab: Lab, name: str = "n1") -> NodeRow:
@@ -42,12 +42,12 @@ async def test_a_cordoned_node_opens_nothing_new_and_what_is_open_goes_on(lab: L
     slot, on_its_way = await lab.open(agent), await lab.request()
     await lab.claim(agent, slot)
     assert await cordon(lab) == "OK"
-    assert (await lab.store.open_slot(on_its_way, "n1", agent.incarnation, ["gpu-0"])).word == "REFUSED"
-    assert (await lab.store.open_slot(on_its_way, "n1", agent.incarnation, ["gpu-0"])).word == "REFUSED"
-    assert await lab.store.open_direct("d", "n1", agent.incarnation, ["gpu-0"], GIB) == "CORDONED"
+    assert (await lab.store.open_slot(on_its_way, agent.incarnation, granted("n1", "gpu-0"))).word == "REFUSED"
+    assert (await lab.store.open_slot(on_its_way, agent.incarnation, granted("n1", "gpu-0"))).word == "REFUSED"
+    assert await lab.store.open_direct("d", agent.incarnation, granted("n1", "gpu-0")) == "CORDONED"
     (row,) = (await lab.store.look(leader=False)).slots
     assert (row.slot_id, row.status, row.flag) == (slot, SlotStatus.OPEN, SlotFlag.NONE)
-    assert (await lab.store.open_slot(slot, "n1", agent.incarnation, ["gpu-0"])).word == "ADOPTED"
+    assert (await lab.store.open_slot(slot, agent.incarnation, granted("n1", "gpu-0"))).word == "ADOPTED"
     assert await lab.status(task) is TaskStatus.RUNNING
 
 
@@ -58,7 +58,7 @@ async def test_work_that_waits_for_a_slot_refused_by_a_cordon_asks_for_another(l
     await lab.store.look(leader=True)  # takes note of what has asked for a plan so far
     await cordon(lab)
     async with lab.listening(lab.store.keys.ctl) as heard:
-        await lab.store.open_slot(slot, "n1", agent.incarnation, ["gpu-0"])
+        await lab.store.open_slot(slot, agent.incarnation, granted("n1", "gpu-0"))
         assert await heard.all(lab) == ["plan"], "nobody asks for a slot elsewhere"
 
 
@@ -319,17 +319,18 @@ async def test_a_new_incarnation_has_no_dask_worker_until_one_reports(lab: Lab):
 async def test_a_direct_slot_opens_once_and_claims_nothing(lab: Lab):
     agent, other = await lab.agent(), await lab.agent("n2")
     await lab.submit()
+    both = granted("n1", "gpu-0", "gpu-1", memory_bytes=3 * GIB)
     for word in ("OK", "ADOPTED"):
-        assert await lab.store.open_direct("d", "n1", agent.incarnation, ["gpu-0", "gpu-1"], 3 * GIB) == word
-    assert await lab.store.open_direct("d", "n2", other.incarnation, ["gpu-0"], GIB) == "REFUSED", "it was opened twice"
-    assert await lab.store.open_direct("e", "n1", "a-stranger", ["gpu-0"], GIB) == "FENCED"
+        assert await lab.store.open_direct("d", agent.incarnation, both) == word
+    assert await lab.store.open_direct("d", other.incarnation, granted("n2", "gpu-0")) == "REFUSED", "it was opened twice"
+    assert await lab.store.open_direct("e", "a-stranger", granted("n1", "gpu-0")) == "FENCED"
     (row,) = (await lab.store.look(leader=False)).slots
     assert (row.kind, row.status, row.node, row.shape_id) == (SlotKind.DIRECT, SlotStatus.OPEN, "n1", "")
     assert (row.devices, row.memory_bytes, row.running) == (("gpu-0", "gpu-1"), 3 * GIB, 0)
     reply = await lab.store.beat("n1", agent.incarnation, [("d", False)])
     assert reply.words == ()
     await lab.store.close_slot("d", agent.incarnation, "done")
-    assert await lab.store.open_direct("d", "n1", agent.incarnation, ["gpu-0"], GIB) == "REFUSED", "an id was opened again"
+    assert await lab.store.open_direct("d", agent.incarnation, granted("n1", "gpu-0")) == "REFUSED", "an id was opened again"
     assert (await lab.store.look(leader=False)).slots == ()
 
 
@@ -337,7 +338,7 @@ async def test_a_direct_slot_ends_with_its_agent_and_by_the_leaders_word(lab: La
     agent = await lab.agent()
     await lab.lead()
     for slot in ("d1", "d2", "d3"):
-        assert await lab.store.open_direct(slot, "n1", agent.incarnation, ["gpu-0"], GIB) == "OK"
+        assert await lab.store.open_direct(slot, agent.incarnation, granted("n1", "gpu-0")) == "OK"
     await lab.store.flag(lab.token, SlotFlag.PREEMPT, ["d1"])
     await lab.store.fence(lab.token, "Test", ["d2"])
     words = (await lab.store.beat("n1", agent.incarnation, [(d, False) for d in ("d1", "d2", "d3")])).words

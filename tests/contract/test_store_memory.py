@@ -4,7 +4,7 @@ import pytest
 
 from manager.core.errors import StoreFull
 from manager.core.lifecycle import Outcome, SlotFlag, TaskStatus
-from tests.contract.store_harness import INFO, RED, Lab, end
+from tests.contract.store_harness import INFO, RED, Lab, end, granted
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def test_a_full_store_refuses_submissions_and_nothing_else(lab: Lab, full)
     assert await lab.store.cancels(slot) == {claim.task_id}
     assert await lab.store.cancel(tasks[7], "red") is TaskStatus.CANCELLED
     assert (await lab.store.beat("n1", agent.incarnation, [(slot, False), (other, True)])).holds
-    assert (await lab.store.open_slot(requested, "n1", agent.incarnation, ["gpu-0"])).word == "OK"
+    assert (await lab.store.open_slot(requested, agent.incarnation, granted("n1", "gpu-0"))).word == "OK"
     assert await lab.store.flag(lab.token, SlotFlag.CLOSE, [requested])
     assert await lab.store.drop(lab.token, "Test", [unwanted]) == [unwanted]
     assert await lab.store.request_slot(lab.token, "one-more", RED, 0)

@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager
 import pytest
 from _pytest.outcomes import Failed
 
-from manager.core.lifecycle import Cordon, Outcome
+from manager.core.lifecycle import Cordon, Outcome, SlotFlag
+from manager.core.quantities import GIB
 from manager.store.store import library_source
 from tests.contract import test_store_leader as leader
 from tests.contract import test_store_lifecycle as lifecycle
 from tests.contract import test_store_memory as memory
+from tests.contract import test_store_quotas as quotas
 from tests.contract import test_store_reads as reads
 from tests.contract import test_store_slots as slots
 from tests.contract import test_store_tasks as tasks
@@ -59,9 +61,33 @@ async def full_store(lab: Lab) -> None:
 
 async def walks(lab: Lab) -> None:
     """Some random histories."""
-    for seed in range(12):
+    for seed in range(40):
         await lab.raw("FLUSHALL")
         await walk_on(lab, seed, lab.url)
+
+
+async def quota_walks(lab: Lab) -> None:
+    """Some random histories of a tenant under limits."""
+    for seed in range(8):
+        await lab.raw("FLUSHALL")
+        lab.token = 0
+        await quotas.walk_quotas(lab, seed)
+
+
+def returned(how: str) -> Test:
+    return lambda lab: quotas.test_whatever_ends_a_slot_returns_what_it_had_and_wakes_another(lab, how)
+
+
+def limited(**limits: int) -> Test:
+    return lambda lab: quotas.test_a_claim_over_the_quota_waits_and_is_woken_by_the_next_end(lab, limits)
+
+
+def preempted(through: str) -> Test:
+    return lambda lab: quotas.test_pre_emption_counts_against_nothing(lab, SlotFlag.PREEMPT, 0, through)
+
+
+def unused(how: str) -> Test:
+    return lambda lab: quotas.test_a_turn_that_is_not_used_goes_to_the_next(lab, how)
 
 
 def removed(how: str) -> Test:
@@ -158,8 +184,8 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         tasks.test_a_claim_raises_the_attempt_and_nothing_lowers_it,
     ),
     "unstarted claims count": (
-        "return give_back(p, id, task, outcome ~= 'R', now)",
-        "return give_back(p, id, task, true, now)",
+        "return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', now)",
+        "return give_back(p, id, task, flag ~= 'preempt', now)",
         tasks.test_a_batch_is_claimed_in_one_call_and_what_is_returned_counts_against_nothing,
     ),
     "queue not changed with the record": (
@@ -216,8 +242,8 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         full_store,
     ),
     "not marked idle with the empty claim": (
-        "    redis.call('SADD', p .. 'idle:' .. shape, slot)\n    redis.call('HSET', key, 'idle', now)\n",
-        "    redis.call('HSET', key, 'idle', now)\n",
+        "    redis.call(allowed > 0 and 'SADD' or 'SREM', p .. 'idle:' .. shape, slot)\n",
+        "",
         tasks.test_no_wake_up_is_lost_between_an_empty_queue_and_the_idle_mark,
     ),
     "a slot that closes wakes nobody": (
@@ -271,7 +297,7 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         tasks.test_what_a_slot_gives_back_and_does_not_take_again_wakes_another,
     ),
     "lost claims are not told again": (
-        "  if #lost > 0 then return { 'WORK', commits, lost } end\n",
+        "  if #lost > 0 then return reply('WORK', lost, 'again') end\n",
         "",
         tasks.test_claims_whose_answer_was_lost_are_told_again,
     ),
@@ -314,6 +340,31 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "    close_slot(p, slot, 'Cordoned', now_ms())\n",
         "",
         lifecycle.test_work_that_waits_for_a_slot_refused_by_a_cordon_asks_for_another,
+    ),
+    "a slot that leases less than its shape has learned opens": (
+        "    close_slot(p, slot, 'TooSmall', now)\n    return { 'REFUSED' }\n",
+        "",
+        slots.test_what_one_slot_needed_all_later_ones_of_its_shape_lease,
+    ),
+    "slots that lease less than their shape has learned go on": (
+        "            redis.call('HSET', p .. 's:' .. slot, 'flag', 'drain')\n",
+        "",
+        slots.test_a_task_that_is_tried_again_goes_to_a_slot_with_the_larger_lease,
+    ),
+    "what was learned shrinks": (
+        "math.max(known, learned)",
+        "learned",
+        slots.test_what_one_slot_needed_all_later_ones_of_its_shape_lease,
+    ),
+    "what was learned is never forgotten": (
+        "now - tonumber(said[2]) > LEARNED_MS",
+        "false",
+        slots.test_what_was_learned_is_forgotten_after_a_day_and_when_it_is_unloaded,
+    ),
+    "a shape learns from slots of others": (
+        "record[1] == 'OPEN' and record[2] == args[1] and record[4] ~= 'direct'",
+        "record[1] == 'OPEN'",
+        slots.test_nothing_is_learned_from_slots_of_others_and_of_nobody,
     ),
     "an operator's cordon is overwritten": (
         "  if by ~= 'operator' and cordoned and record[4] ~= by then return 'KEPT' end\n",
@@ -395,12 +446,139 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "",
         lifecycle.test_a_new_incarnation_has_no_dask_worker_until_one_reports,
     ),
+    "a quota of tasks is not looked at": (
+        "within(quota.running_max, quota.running + 1) and within(quota.gpus_max, quota.gpus + size.gpus)",
+        "within(quota.gpus_max, quota.gpus + size.gpus)",
+        limited(running_max=2),
+    ),
+    "a quota of devices is not looked at": (
+        "within(quota.running_max, quota.running + 1) and within(quota.gpus_max, quota.gpus + size.gpus)",
+        "within(quota.running_max, quota.running + 1)",
+        limited(gpus_max=2),
+    ),
+    "a quota of memory is not looked at": (
+        "\n    and within(quota.memory_max, quota.memory + size.memory)\n",
+        "\n",
+        limited(memory_bytes_max=2 * GIB),
+    ),
+    "work is not counted": (
+        "    if working and not record[9] then count_work(p, tenant, slot, size_of(p, slot, shape), now) end\n",
+        "",
+        limited(gpus_max=2),
+    ),
+    "work is not returned at an end": (
+        "    if record[9] and not working then count_work(p, tenant, slot, nil, now) end\n",
+        "",
+        limited(gpus_max=2),
+    ),
+    "tasks are not returned at an end": (
+        "'running', taken - ended)",
+        "'running', taken)",
+        limited(running_max=2),
+    ),
+    "work is not returned with its slot": (
+        "    if record[6] then count_work(p, record[5], slot, nil, now) end\n",
+        "",
+        returned("lost"),
+    ),
+    "tasks are not returned with their slot": (
+        "    redis.call('HINCRBY', p .. 'tn:' .. record[5], 'running', 0 - returned)\n",
+        "",
+        returned("restart"),
+    ),
+    "an end gives nobody a turn": (
+        "    if taken < ended or (n > 0 and not working) then give_turns(p, tenant) end\n",
+        "",
+        limited(running_max=2),
+    ),
+    "a turn that is not used is lost": (
+        "if taken < ended or (n > 0 and not working) then give_turns(p, tenant) end",
+        "if taken < ended then give_turns(p, tenant) end",
+        unused("finds nothing"),
+    ),
+    "the end of a slot gives nobody a turn": (
+        "    give_turns(p, record[5])\n",
+        "",
+        unused("is closed"),
+    ),
+    "a higher limit gives nobody a turn": (
+        "    give_turns(p, args[i])\n",
+        "",
+        quotas.test_a_higher_quota_wakes_who_waits_and_a_lower_one_ends_nothing,
+    ),
+    "a slot that the quota refused is forgotten": (
+        "  redis.call('ZADD', key, 'LT', string.format('%.0f', rank * TURN_STEP + now), slot)\n",
+        "",
+        quotas.test_a_slot_gives_way_at_a_task_boundary_once_its_turn_is_over,
+    ),
+    "smaller ones pass the first in line": (
+        "within(quota.memory_max, size.memory) then\n        return\n",
+        "within(quota.memory_max, size.memory) then\n",
+        quotas.test_the_first_in_line_is_not_passed_by_smaller_ones,
+    ),
+    "what never fits stands in the way": (
+        "        redis.call('ZADD', key, NO_TURN * TURN_STEP + tonumber(waiting[i + 1]) % TURN_STEP, slot)\n",
+        "",
+        quotas.test_what_the_quota_never_allows_is_passed_at_once,
+    ),
+    "a turn never ends": (
+        "now - work.since >= TURN_MS",
+        "false",
+        quotas.test_a_slot_gives_way_at_a_task_boundary_once_its_turn_is_over,
+    ),
+    "turns do not go by priority": (
+        "rank * TURN_STEP + now",
+        "7 * TURN_STEP + now",
+        quotas.test_turns_go_by_priority_and_then_by_how_long_a_slot_has_waited,
+    ),
+    "a slot whose queue ran dry is forgotten": (
+        "      redis.call('SADD', p .. 'idle:' .. record[3], slot)\n    else",
+        "    else",
+        quotas.test_a_slot_whose_queue_ran_dry_while_it_waited_hears_of_new_work,
+    ),
+    "pre-emption is a loss": (
+        "give_back(p, id, task, record[7] ~= 'preempt', now)",
+        "give_back(p, id, task, true, now)",
+        preempted("the slot's end"),
+    ),
+    "an end by pre-emption is a loss": (
+        "outcome ~= 'R' and flag ~= 'preempt'",
+        "outcome ~= 'R'",
+        preempted("an end"),
+    ),
+    "token not checked on shares": (
+        "if not leads(p, args[1]) then return 'STALE' end\n  local first",
+        "local first",
+        old_leader("share"),
+    ),
+    "token not checked on ageing": (
+        "if not leads(p, args[1]) then return -1 end",
+        "",
+        old_leader("age"),
+    ),
+    "queue not changed with the age": (
+        "        redis.call('ZADD', queue, score, id)\n",
+        "",
+        quotas.test_what_has_waited_for_long_rises_by_one_priority_at_a_time,
+    ),
+    "what has risen rises at once again": (
+        "'score', score, 'rose', now)",
+        "'score', score)",
+        quotas.test_what_has_waited_for_long_rises_by_one_priority_at_a_time,
+    ),
     "a cursor as the server writes it": (
         "  return string.format('%.0f', tonumber(score))",
         "  return string.gsub(tostring(score), '00000000$', 'e+8')",
         reads.test_a_round_sequence_number_is_a_cursor_as_well,
     ),
 }
+BY_QUOTA_WALK = (
+    *("a quota of tasks is not looked at", "a quota of devices is not looked at", "a quota of memory is not looked at"),
+    *("work is not counted", "work is not returned at an end", "work is not returned with its slot"),
+    *("tasks are not returned at an end", "tasks are not returned with their slot", "an end gives nobody a turn"),
+    "a slot that the quota refused is forgotten",
+)
+"""Those that the walk of one tenant must catch without being told."""
 BY_WALK = (
     *("attempt not checked on finish", "incarnation not checked on next", "token not checked", "a submission overwrites"),
     *("finish not idempotent", "a claim does not raise the attempt", "queue not filled with the record"),
@@ -460,6 +638,13 @@ async def test_the_walk_catches_a_planted_fault(mutant_server: StoreServer, name
     text, replacement, _ = MUTANTS[name]
     async with mutated(mutant_server, text, replacement) as lab:
         assert await caught(lab, walks), f"the walk did not notice: {name}"
+
+
+@pytest.mark.parametrize("name", BY_QUOTA_WALK)
+async def test_the_quota_walk_catches_a_planted_fault(mutant_server: StoreServer, name: str):
+    text, replacement, _ = MUTANTS[name]
+    async with mutated(mutant_server, text, replacement) as lab:
+        assert await caught(lab, quota_walks), f"the walk did not notice: {name}"
 
 
 @pytest.mark.parametrize("test", list(dict.fromkeys(test for _, _, test in MUTANTS.values())), ids=lambda test: test.__name__)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
-from manager.core.model import BeatReply, DeviceUse
-from tests.contract.store_harness import INFO, RED, Agent, Lab, check_invariants, dump, end
+from manager.core.lifecycle import Outcome, SlotFlag, SlotStatus, TaskStatus
+from manager.core.model import BeatReply, DeviceUse, MemoryNote
+from manager.core.quantities import GIB
+from tests.contract.store_harness import INFO, RED, RED_SHAPE, Agent, Lab, check_invariants, dump, end, granted
 
 
 async def slot_row(lab: Lab, slot_id: str):
@@ -18,7 +19,7 @@ async def test_a_slot_opens_once_and_is_adopted_by_the_same_incarnation(lab: Lab
     agent = await lab.agent()
     slot = await lab.request()
     for word in ("OK", "ADOPTED", "ADOPTED"):
-        reply = await lab.store.open_slot(slot, "n1", agent.incarnation, ["gpu-0", "gpu-1"])
+        reply = await lab.store.open_slot(slot, agent.incarnation, granted("n1", "gpu-0", "gpu-1"))
         assert (reply.word, reply.shape_id) == (word, RED)
         assert reply.shape is not None
     row = await slot_row(lab, slot)
@@ -28,13 +29,13 @@ async def test_a_slot_opens_once_and_is_adopted_by_the_same_incarnation(lab: Lab
 async def test_another_node_is_refused_an_open_slot(lab: Lab):
     agent, other = await lab.agent(), await lab.agent("n2")
     slot = await lab.open(agent)
-    assert (await lab.store.open_slot(slot, "n2", other.incarnation, ["gpu-0"])).word == "REFUSED"
+    assert (await lab.store.open_slot(slot, other.incarnation, granted("n2", "gpu-0"))).word == "REFUSED"
     assert (await slot_row(lab, slot)).node == "n1", "a slot was opened twice"
 
 
 async def test_a_slot_that_nobody_asked_for_is_refused(lab: Lab):
     agent = await lab.agent()
-    assert (await lab.store.open_slot("unheard-of", "n1", agent.incarnation, ["gpu-0"])).word == "REFUSED"
+    assert (await lab.store.open_slot("unheard-of", agent.incarnation, granted("n1", "gpu-0"))).word == "REFUSED"
 
 
 async def test_a_closed_slot_is_refused_for_ever(lab: Lab):
@@ -42,15 +43,15 @@ async def test_a_closed_slot_is_refused_for_ever(lab: Lab):
     slot = await lab.open(agent)
     await lab.store.close_slot(slot, agent.incarnation, "Idle")
     await lab.store.close_slot(slot, agent.incarnation, "Idle")
-    assert (await lab.store.open_slot(slot, "n1", agent.incarnation, ["gpu-0"])).word == "REFUSED"
+    assert (await lab.store.open_slot(slot, agent.incarnation, granted("n1", "gpu-0"))).word == "REFUSED"
     assert await lab.store.request_slot(lab.token, slot, RED, 0)  # a repeat of the leader's call
-    assert (await lab.store.open_slot(slot, "n1", agent.incarnation, ["gpu-0"])).word == "REFUSED", "an id was opened again"
+    assert (await lab.store.open_slot(slot, agent.incarnation, granted("n1", "gpu-0"))).word == "REFUSED", "it was opened again"
     assert (await lab.next(agent, slot)).word == "FENCED"
 
 
 async def test_a_stranger_opens_nothing(lab: Lab):
     slot = await lab.request()
-    assert (await lab.store.open_slot(slot, "n9", "never-registered", ["gpu-0"])).word == "FENCED"
+    assert (await lab.store.open_slot(slot, "never-registered", granted("n9", "gpu-0"))).word == "FENCED"
 
 
 async def test_only_its_own_incarnation_closes_a_slot(lab: Lab):
@@ -122,8 +123,8 @@ async def test_a_lost_incarnation_can_do_nothing_any_more(lab: Lab):
     assert await lab.status(task) is TaskStatus.QUEUED
     assert (await lab.store.beat("n1", agent.incarnation, [(slot, False)])).holds is False, "a fenced incarnation beats"
     assert not await lab.store.register("n1", agent.incarnation, INFO), "a fenced incarnation registers"
-    assert (await lab.store.open_slot(requested, "n1", agent.incarnation, ["gpu-0"])).word == "FENCED"
-    assert (await lab.store.open_slot(slot, "n1", agent.incarnation, ["gpu-0"])).word == "FENCED"
+    assert (await lab.store.open_slot(requested, agent.incarnation, granted("n1", "gpu-0"))).word == "FENCED"
+    assert (await lab.store.open_slot(slot, agent.incarnation, granted("n1", "gpu-0"))).word == "FENCED"
     assert (await lab.next(agent, slot, 1, end(claim))).word == "FENCED"
     (row,) = (await lab.store.look(leader=False)).nodes
     assert row.fenced
@@ -154,7 +155,7 @@ async def test_a_node_that_leaves_gives_all_back_and_opens_nothing_more(lab: Lab
     (row,) = (await lab.store.look(leader=False)).nodes
     assert row.left
     # A late send of a call from before: nobody would watch over a slot there.
-    assert (await lab.store.open_slot(requested, "n1", agent.incarnation, ["gpu-0"])).word == "FENCED"
+    assert (await lab.store.open_slot(requested, agent.incarnation, granted("n1", "gpu-0"))).word == "FENCED"
     await lab.store.register("n1", agent.incarnation, INFO)
     (row,) = (await lab.store.look(leader=False)).nodes
     assert not row.left
@@ -244,6 +245,116 @@ async def test_a_fenced_slots_agent_is_told(lab: Lab):
         await lab.store.fence(lab.token, "Test", [slot])
         await lab.store.fence(lab.token, "Test", [slot])
         assert await heard.all(lab) == [f"flag {slot}"]
+
+
+# --- what a slot has, and what its shape learns ---------------------------------------------------------------------
+
+
+ALL = {"share_milli": 250, "cpu_milli": 1500, "host_memory_bytes": 5 * GIB, "exclusive": True, "model": "llama"}
+
+
+async def the_queue(lab: Lab):
+    (queue,) = (await lab.store.look(leader=False)).queues
+    return queue
+
+
+async def test_a_slot_keeps_all_of_its_grant(lab: Lab):
+    agent = await lab.agent()
+    grant = granted("n1", "gpu-0", "gpu-1", memory_bytes=3 * GIB, **ALL)
+    slot = await lab.request()
+    assert (await lab.store.open_slot(slot, agent.incarnation, grant)).word == "OK"
+    other = granted("n1", "gpu-1", memory_bytes=2**53 // GIB * GIB)
+    assert await lab.store.open_direct("d", agent.incarnation, other) == "OK"
+    grants = {row.slot_id: row.grant(None) for row in (await lab.store.look(leader=False)).slots}
+    assert grants == {slot: grant, "d": other}
+    smaller = granted("n1", "gpu-0")
+    assert (await lab.store.open_slot(slot, agent.incarnation, smaller)).word == "ADOPTED"
+    assert await lab.store.open_direct("d", agent.incarnation, smaller) == "ADOPTED"
+    assert {row.slot_id: row.grant(None) for row in (await lab.store.look(leader=False)).slots} == grants
+
+
+async def test_a_slot_that_an_older_agent_opens_has_what_its_shape_asks_for(lab: Lab):
+    agent = await lab.agent()
+    slot = await lab.request()
+    assert (await lab.store._run("ry_open", slot, "n1", agent.incarnation, "gpu-0"))[0] == b"OK"
+    assert await lab.store._run("ry_open_direct", "d", "n1", agent.incarnation, "gpu-0", GIB) == b"OK"
+    rows = {row.slot_id: row for row in (await lab.store.look(leader=False)).slots}
+    assert rows[slot].grant(RED_SHAPE) == granted("n1", "gpu-0", memory_bytes=RED_SHAPE.memory_bytes)
+    assert rows["d"].grant(None) == granted("n1", "gpu-0")
+
+
+async def test_the_peak_of_a_shape_is_the_most_that_was_seen(lab: Lab):
+    agent = await lab.agent()
+    one, other = await lab.open(agent), await lab.open(agent)
+    for slot, peak in ((one, 5), (other, 7), (one, 6), (other, 7)):
+        await lab.store.note_memory(agent.incarnation, [MemoryNote(slot, peak)])
+    queue = await the_queue(lab)
+    assert (queue.peak_bytes, queue.learned_bytes, queue.resources) == (7, 0, RED_SHAPE.resources)
+
+
+async def test_what_one_slot_needed_all_later_ones_of_its_shape_lease(lab: Lab):
+    agent = await lab.agent()
+    slot, late = await lab.open(agent), await lab.request()
+    async with lab.listening(lab.store.keys.ctl) as heard:
+        await lab.store.note_memory(agent.incarnation, [MemoryNote(slot, 3 * GIB, 3 * GIB)])
+        assert await heard.all(lab) == ["plan"]
+    queue = await the_queue(lab)
+    assert (queue.learned_bytes, queue.resources.memory_bytes) == (3 * GIB, 3 * GIB)
+    assert (await lab.store.open_slot(late, agent.incarnation, granted("n1", "gpu-0"))).word == "REFUSED", "it was on its way"
+    later = await lab.request()
+    assert (await lab.store.open_slot(later, agent.incarnation, granted("n1", "gpu-0", memory_bytes=3 * GIB))).word == "OK"
+    await lab.store.note_memory(agent.incarnation, [MemoryNote(later, 2 * GIB, 2 * GIB)])
+    assert (await the_queue(lab)).learned_bytes == 3 * GIB, "less than was learned is nothing new"
+
+
+async def test_a_task_that_is_tried_again_goes_to_a_slot_with_the_larger_lease(lab: Lab):
+    agent = await lab.agent()
+    (task,) = await lab.submit(1, max_attempts=2)
+    slot = await lab.open(agent)
+    claim = await lab.claim(agent, slot)
+    idle = await lab.open(agent)
+    assert (await lab.next(agent, idle)).word == "IDLE"
+    async with lab.listening(lab.store.keys.wake("n1")) as heard:
+        await lab.store.note_memory(agent.incarnation, [MemoryNote(slot, 3 * GIB, 3 * GIB)])
+        assert sorted(await heard.all(lab)) == sorted([f"flag {slot}", f"flag {idle}"])
+    await lab.next(agent, slot, 0, end(claim, Outcome.FAILED))
+    await lab.raw("ZADD", f"{lab.store.keys.prefix}due", 0, task)
+    await lab.store.due()
+    assert [(await lab.next(agent, each)).word for each in (slot, idle)] == ["DRAIN", "DRAIN"]
+    large = await lab.request()
+    assert (await lab.store.open_slot(large, agent.incarnation, granted("n1", "gpu-0", memory_bytes=3 * GIB))).word == "OK"
+    assert (await lab.claim(agent, large)).task_id == task
+
+
+async def test_what_was_learned_is_forgotten_after_a_day_and_when_it_is_unloaded(lab: Lab):
+    agent = await lab.agent()
+    slot = await lab.open(agent)
+    note = [MemoryNote(slot, 3 * GIB, 3 * GIB)]
+    key = f"{lab.store.keys.prefix}sh:{RED}"
+    await lab.store.note_memory(agent.incarnation, note)
+    told = int(await lab.raw("HGET", key, "learned_at"))
+    await lab.raw("HSET", key, "learned_at", told - 86_400_001)
+    assert (await the_queue(lab)).learned_bytes == 0
+    late = await lab.request()
+    assert (await lab.store.open_slot(late, agent.incarnation, granted("n1", "gpu-0"))).word == "OK"
+    await lab.store.note_memory(agent.incarnation, note)
+    assert (await the_queue(lab)).learned_bytes == 3 * GIB, "it was seen again"
+    await lab.store.unload([RED])
+    queue = await the_queue(lab)
+    assert (queue.learned_bytes, queue.peak_bytes) == (0, 0)
+
+
+async def test_nothing_is_learned_from_slots_of_others_and_of_nobody(lab: Lab):
+    agent = await lab.agent()
+    slot, closed = await lab.open(agent), await lab.open(agent)
+    await lab.store.close_slot(closed, agent.incarnation, "Idle")
+    assert await lab.store.open_direct("d", agent.incarnation, granted("n1", "gpu-0")) == "OK"
+    notes = [MemoryNote(name, 3 * GIB, 3 * GIB) for name in (closed, "d", "unheard-of")]
+    await lab.store.note_memory(agent.incarnation, notes)
+    await lab.store.note_memory("a-stranger", [MemoryNote(slot, 3 * GIB, 3 * GIB)])
+    queue = await the_queue(lab)
+    assert (queue.learned_bytes, queue.peak_bytes) == (0, 0)
+    assert (await lab.next(agent, slot)).word == "IDLE"
 
 
 # --- one look -----------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from typing import Any
 from manager.core.errors import QuotaExceeded, RegistrationRefused
 from manager.core.ids import new_id
 from manager.core.lifecycle import FINAL, Cordon, Outcome, SlotFlag, SlotStatus, TaskStatus
-from manager.core.model import BeatReply, Claim, ClusterState, End, NextReply
-from tests.contract.store_harness import Lab, StoreServer, Violation, check_invariants, connected, info, submission
+from manager.core.model import BeatReply, Claim, ClusterState, End, NextReply, TenantRow
+from tests.contract.store_harness import Lab, StoreServer, Violation, check_invariants, connected, granted, info, submission
 
 SEEDS = 40
 STEPS = 400
@@ -184,7 +184,7 @@ class Walk:
         slot = f"d{self.slot_number}"
 
         async def send() -> str:
-            word = await self.store.open_direct(slot, agent.node, agent.incarnation, ["gpu-0"], 1)
+            word = await self.store.open_direct(slot, agent.incarnation, granted(agent.node, "gpu-0", memory_bytes=1))
             if agent.zombie and word != "FENCED":
                 raise Violation("zombie-refused", f"{agent.incarnation} opened a direct slot: {word}")
             return word
@@ -230,7 +230,7 @@ class Walk:
             agent, slot = self.rng.choice(self.agents), self.rng.choice(requested)
 
             async def send() -> str:
-                word = (await self.store.open_slot(slot, agent.node, agent.incarnation, ["gpu-0"])).word
+                word = (await self.store.open_slot(slot, agent.incarnation, granted(agent.node, "gpu-0"))).word
                 if agent.zombie and word != "FENCED":
                     raise Violation("zombie-refused", f"{agent.incarnation} opened a slot: {word}")
                 if word == "OK" and agent.node in self.cordoned:
@@ -318,11 +318,18 @@ class Walk:
         open_ = [s.slot_id for s in state.slots if s.status is SlotStatus.OPEN]
         requested = [s.slot_id for s in state.slots if s.status is SlotStatus.REQUESTED]
         slot = self.rng.choice([*open_, *requested]) if state.slots else "none"
+        limit = self.rng.choice((None, None, 2))
         choices: list[Callable[[], Awaitable[object]]] = [
             lambda: self.store.fence(token, "Test", [slot]),
             lambda: self.store.flag(token, self.rng.choice(list(SlotFlag)[1:]), [slot]),
             lambda: self.store.drop(token, "Test", [slot, *requested[:1]]),
             lambda: self.store.planned(token, self.rng.randrange(2), [(q.shape_id, 3) for q in state.queues]),
+            lambda: self.store.age(token, self.rng.choice((0.0, 60.0)), [q.shape_id for q in state.queues]),
+            lambda: self.store.share(
+                token,
+                [TenantRow(tenant=self.rng.choice(TENANTS), gpus_max=self.rng.choice((None, 1, 3)), running_max=limit)],
+                [(q.shape_id, 1.5) for q in state.queues],
+            ),
         ]
         if state.queues:
             shape = self.rng.choice(state.queues).shape_id
@@ -419,6 +426,7 @@ class Walk:
         while self.late:
             await self.late.pop()()
         await self.take_over()
+        assert await self.store.share(self.token, [TenantRow(tenant=tenant) for tenant in TENANTS], [])
         self.agents = [WalkAgent(node) for node in NODES]
         for agent in self.agents:
             await self.store.cordon(agent.node, Cordon.NONE, "operator")
@@ -435,7 +443,7 @@ class Walk:
                 slot = f"drain-{round_}-{queue.shape_id}"
                 assert await self.store.request_slot(self.token, slot, queue.shape_id, 0)
                 agent = self.rng.choice(self.agents)
-                assert (await self.store.open_slot(slot, agent.node, agent.incarnation, ["gpu-0"])).word == "OK"
+                assert (await self.store.open_slot(slot, agent.incarnation, granted(agent.node, "gpu-0"))).word == "OK"
                 held = Held(slot)
                 while (reply := await self.next(agent, slot, 4, tuple(held.ends))).word == "WORK":
                     held = Held(slot, {claim.task_id: claim for claim in reply.claims})

@@ -24,6 +24,7 @@ from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import Claim, DeviceUse, End, NodeInfo
 from manager.core.quantities import GIB
 from manager.core.requests import KeyScope
+from manager.core.shapes import grant_of
 from manager.keys import create_key
 from manager.settings import Secret, Settings
 from manager.store import Store
@@ -139,7 +140,9 @@ class Agent:
             await self.lead()
         slot = new_id()
         assert await self.store.request_slot(self.token, slot, shape_id, 0)
-        reply = await self.store.open_slot(slot, self.node, self.incarnation, [self.devices[0].uuid])
+        shapes = {row.shape_id: row.shape for row in (await self.store.look(leader=False)).queues}
+        grant = grant_of(shapes[shape_id].resources, self.node, (self.devices[0].uuid,))
+        reply = await self.store.open_slot(slot, self.incarnation, grant)
         assert reply.word == "OK", reply
         return slot
 

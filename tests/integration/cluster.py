@@ -27,7 +27,7 @@ from manager.store.store import connect
 T = TypeVar("T")
 START_S: Final = 90.0
 WITNESS: Final = Path(__file__).parent / "witness"
-FUNCTIONS: Final = ("hold", "until", "segfault", "stubborn", "environment", "chatter")
+FUNCTIONS: Final = ("hold", "until", "greedy", "segfault", "stubborn", "environment", "chatter")
 QUICK: Final = {
     "ROCYARD_NODE__BEAT_S": "0.5",
     "ROCYARD_NODE__PROBE_S": "0.5",
@@ -229,9 +229,11 @@ class Cluster:
     def witness(self) -> list[dict[str, Any]]:
         """All that tasks have written down."""
         try:
-            return [json.loads(line) for line in self.witness_path.read_text().splitlines()]
+            text = self.witness_path.read_text()
         except FileNotFoundError:
             return []
+        # Somebody may be writing the last line now.
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def started(self, task: Task | str) -> list[dict[str, Any]]:
         """The starts of one task."""

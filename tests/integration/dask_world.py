@@ -93,16 +93,16 @@ class PlayedAgent:
             case OpenSlot(slot_id=slot_id):
                 self.asked.append(slot_id)
                 if slot_id not in self.live:
-                    if slot_id in self.closed or slot_id in self.world.tombstones or not request.devices:
+                    if slot_id in self.closed or slot_id in self.world.tombstones or not request.grant.devices:
                         return Ended("Gone")
-                    self.open(slot_id, Grant(self.node, request.devices, request.memory_bytes))
+                    self.open(slot_id, request.grant)
                 return Ended(await asyncio.shield(self.endings[slot_id]))
             case OpenDirect(slot_id=slot_id):
                 self.asked.append(slot_id)
                 if slot_id in self.closed or self.cordoned:
                     self.closed.append(slot_id)
                     return DirectEnded(DirectOutcome.AGAIN, "Cordoned", opened=False)
-                self.open(slot_id, Grant(self.node, request.devices, request.memory_bytes))
+                self.open(slot_id, request.grant)
                 self.direct[slot_id] = request
                 return DirectEnded(DirectOutcome(await asyncio.shield(self.endings[slot_id])), "as played")
             case EndDirect(slot_id=slot_id):

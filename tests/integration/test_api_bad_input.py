@@ -24,7 +24,8 @@ GOOD = {"function": "echo", "args": {"x": 1}}
 async def world():
     with running_store() as store_server:
         async with serving(store_server.url) as world:
-            await until(lambda: world.server.api.watch.snapshot is not None and world.server.api.watch.snapshot.largest)
+            watch = world.server.api.watch
+            await until(lambda: watch.snapshot is not None and watch.snapshot.capacity.is_known)
             yield world
 
 
@@ -95,6 +96,21 @@ async def newest_task(world: World) -> str:
         pytest.param(b'{"function":"any","resources":{"memory":' + b"9" * 4000 + b"}}", "out of range", id="A9 4,000 digits"),
         pytest.param(b'{"function":"any","resources":{"gpus":0}}', "resources.gpus:", id="no device"),
         pytest.param(b'{"function":"any","resources":{"gpus":65}}', "resources.gpus:", id="too many devices"),
+        pytest.param(b'{"function":"any","resources":{"share":1.5}}', "'50%'", id="more than all of the compute"),
+        pytest.param(b'{"function":"any","resources":{"share":true}}', "resources.share:", id="a share that is yes"),
+        pytest.param(b'{"function":"any","resources":{"architecture":"gfx"}}', "'gfx942'", id="no architecture"),
+        pytest.param(b'{"function":"any","resources":{"architecture":["sm_90",1]}}', "resources.architecture", id="a number"),
+        pytest.param(b'{"function":"any","resources":{"architecture":[' + b'"a",' * 16 + b'"a"]}}', "<= 16", id="too many"),
+        pytest.param(b'{"function":"any","resources":{"device_model":"a\\u202eb"}}', "resources.device_model:", id="bidi"),
+        pytest.param(b'{"function":"any","resources":{"labels":{"__proto__":"x"}}}', "resources.labels:", id="A12 __proto__"),
+        pytest.param(b'{"function":"any","resources":{"labels":["zone=a"]}}', "resources.labels:", id="labels that are a list"),
+        pytest.param(b'{"function":"any","resources":{"cpus":1e308}}', "resources.cpus:", id="absurd CPUs"),
+        pytest.param(b'{"function":"any","resources":{"cpus":' + b"9" * 4000 + b"}}", "resources.cpus:", id="4,000 CPU digits"),
+        pytest.param(b'{"function":"any","resources":{"host_memory":-1}}', "resources.host_memory:", id="negative host memory"),
+        pytest.param(b'{"function":"any","resources":{"exclusive":1}}', "resources.exclusive:", id="half exclusive"),
+        pytest.param(b'{"function":"any","resources":{"model":"../a\\u0000"}}', "resources.model:", id="A20 model's path"),
+        pytest.param(b'{"function":"any","priority":"highest"}', "low, normal, high, urgent", id="unknown priority"),
+        pytest.param(b'{"function":"any","allow_infeasible":"yes"}', "allow_infeasible:", id="allowed by text"),
         pytest.param(b'{"function":"any","resources":null}', "resources:", id="resources that are null"),
         pytest.param(b'{"function":"any","priorty":1}', "Did you mean 'priority'?", id="A10 a mistyped field"),
         pytest.param(b'{"function":"any","resources":{"memry":1}}', "resources.memry: there is no such field. Did you mean 'me",

@@ -190,7 +190,8 @@ async def test_batch_is_accepted_whole(world: World):
         pytest.param({"function": "nope"}, 404, id="unknown function"),
         pytest.param({"function": "echo", "args": {"x": "one"}}, 422, id="wrong argument"),
         pytest.param({"function": "echo", "args": {"x": 1}, "resources": {"memory": "9TiB"}}, 422, id="too large"),
-        pytest.param({"function": "echo", "args": {"x": 1}, "priority": "high"}, 400, id="wrong type"),
+        pytest.param({"function": "echo", "args": {"x": 1}, "priority": 1.5}, 400, id="wrong type"),
+        pytest.param({"function": "echo", "args": {"x": 1}, "priority": "hihg"}, 400, id="unknown name"),
     ],
 )
 async def test_batch_with_one_wrong_task_accepts_none_and_names_it(world: World, bad, status):
@@ -309,6 +310,8 @@ async def test_explain_goes_through_a_tasks_life(world: World):
         return (await world.client().get(f"/v1/tasks/{task_id}/explain")).json()
 
     first = await world.submit(resources={"memory": "100GiB"})
+    await until_answer(lambda: explained(first), lambda found: found["reason"] == "NoController")
+    await world.agent.lead()
     await until_answer(lambda: explained(first), lambda found: found["reason"] == "WaitingForSlot")
     slot = await world.agent.open(await world.agent.shape_of_first_queue())
     second = await world.submit(resources={"memory": "100GiB"})

@@ -90,7 +90,7 @@ def ledger(dask_scheduler: Any) -> dict[str, Any]:
     """What the ledger has, of each device; runs in the scheduler."""
     plugin = dask_scheduler.plugins["rocyard-placement"]
     return {
-        f"{view.name}/{pool.uuid}": {
+        f"{view.name}/{pool.key}": {
             "leases": dict(pool.leases),
             "used": dict(pool.used),
             "foreign": pool.foreign_bytes,

@@ -312,7 +312,8 @@ def test_more_memory_than_was_asked_for_ends_the_task(dask_client: Client) -> No
 
     with rocyard.gpu(memory="2GiB"):
         future = dask_client.submit(greedy, pure=False)
-    with pytest.raises(rocyard.MemoryExceeded, match="used 20 GiB of a device, and had asked for 2 GiB"):
+    said = "used 20 GiB of a device, and its slot leases 2 GiB of it; ask for 20 GiB or more"
+    with pytest.raises(rocyard.MemoryExceeded, match=said):
         future.result(timeout=60)
 
 

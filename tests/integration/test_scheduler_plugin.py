@@ -7,11 +7,12 @@ import dask
 import pytest
 from distributed import Future
 
+import rocyard
 from manager.core.gpu_tasks import GpuAnnotationRefused
 from manager.core.quantities import GIB
-from manager.core.shapes import Grant
+from manager.core.shapes import Grant, encode_shape
 from plugins.scheduler import dask_setup
-from plugins.slot import GpuWorkNotPlaced
+from plugins.slot import GpuWorkNotPlaced, run_slot
 from tests.integration.dask_world import World, configured, eventually, worlds
 from tests.unit import factories as make
 
@@ -179,6 +180,82 @@ async def test_client_restart_ends_no_slot(world):
     await eventually(lambda: agent.asked == ["s", "s"], "it is adopted")
 
 
+async def test_a_held_slot_that_is_cancelled_leaves_nothing(world):
+    await world.submit("s")
+    await world.held("s")
+    await world.client.cancel([Future("slot-s", world.client)], force=True)
+    await eventually(lambda: not world.ledger.requests, "it is forgotten")
+    assert (len(world.ledger.held), world.ledger.index.grants) == (0, {})
+
+
+async def test_slots_outlive_the_client_that_asked_for_them(world):
+    """The controller may die: what it has asked for is placed all the same, and what is open stays."""
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    await world.submit("t")
+    await world.held("t")
+    await world.dask.close()
+    await eventually(lambda: len(world.scheduler.clients) == 2, "it is gone: ours, and Dask's own for such tasks")
+    assert await world.where("s", "t") == ["placed", "held"]
+    agent.close("s")
+    await eventually(lambda: "t" in agent.live, "the next one follows")
+
+
+async def test_a_node_whose_agent_is_silent_gets_nothing_new_and_keeps_what_it_has(world):
+    agent = await world.agent("a", 24)
+    await world.submit("s", 8)
+    await eventually(lambda: "s" in agent.live, "it is open")
+    agent.frozen.clear()
+    await eventually(lambda: world.ledger.index.nodes["a"].cordoned, "its silence is noticed", timeout_s=10.0)
+    await world.submit("t", 8)
+    with rocyard.gpu(memory="8GiB"):
+        future = world.client.submit(plus, 1, pure=False)
+    await eventually(lambda: len(world.ledger.held) == 2, "both wait, although there is room")
+    assert set(world.ledger.index.grants) == {"s"}
+    agent.frozen.set()
+    await eventually(lambda: len(agent.live) == 3, "it speaks again, and has both", timeout_s=10.0)
+    agent.finish(next(iter(agent.direct)))
+    assert await future == 2
+
+
+async def test_a_retired_worker_takes_nothing_new_and_its_slots_live_on(world):
+    agent = await world.agent("a", 48)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    with rocyard.gpu(memory="8GiB"):
+        future = world.client.submit(plus, 1, pure=False)
+    await eventually(lambda: agent.direct, "a Dask task runs")
+    (first,) = agent.direct
+    old = agent.worker
+    await world.client.retire_workers([old.address])
+    await old.finished()
+    await world.submit("t")
+    await eventually(lambda: first in agent.closed, "the Dask task's process ended with its worker")
+    await world.held("s", "t")
+    assert set(agent.live) == {"s"}
+    await agent.start_worker()
+    await eventually(lambda: set(agent.live) >= {"s", "t"} and agent.direct, "all of it is there again")
+    assert agent.asked.count("s") == 2, "adopted"
+    agent.finish(next(iter(agent.direct)))
+    assert await future == 2
+
+
+async def test_a_slot_whose_link_breaks_keeps_its_lease_until_its_node_has_registered(world):
+    """Its Dask task fails, and Dask tries none again by itself."""
+    agent = await world.agent("a", 24)
+    await world.submit("s")
+    await eventually(lambda: "s" in agent.live, "it is open")
+    agent.endings.pop("s").set_exception(ConnectionError("as played"))
+    await eventually(lambda: "s" not in world.ledger.requests, "its task has failed")
+    assert await world.where("s") == ["leased"]
+    assert agent.asked == ["s"]
+    del agent.live["s"]
+    await agent.kill_worker()
+    await agent.start_worker()
+    await eventually(lambda: world.ledger.index.grants == {}, "the report has freed the lease")
+
+
 async def test_a_worker_without_a_report_gets_no_gpu_work_and_plain_work_all_the_same(world):
     worker = await world.plain_worker()
     await world.submit("s")
@@ -228,6 +305,19 @@ async def test_a_request_that_cannot_be_read_never_runs(world, wanted):
         with pytest.raises(GpuAnnotationRefused):
             await future
         assert (agent.asked, world.ledger.index.grants) == ([], {})
+
+
+async def test_without_the_plugin_no_slot_is_opened(tmp_path):
+    with configured():
+        bare = World(tmp_path)
+        await bare.start(preload=False)
+        agent = await bare.agent("a", 24)
+        with dask.annotate(gpu={"slot": "s", "shape": encode_shape(bare.shape(16)).decode(), "node": ""}):
+            future = bare.client.submit(run_slot, "s", key="slot-s")
+        with pytest.raises(GpuWorkNotPlaced):
+            await future
+        assert (agent.asked, agent.live) == ([], {})
+        await bare.stop()
 
 
 async def test_without_the_plugin_a_worker_refuses_gpu_work(tmp_path):
@@ -309,8 +399,7 @@ async def test_room_that_is_kept_goes_to_the_slot_that_it_is_kept_for(world):
     await world.submit("small", 12)
     await world.submit("large", 24)
     await world.held("small", "large")
-    client = await world.dask._connected()
-    await client.scheduler.rocyard_keep(slots={"large": ["a", ["d0"], 24 * GIB]})
+    await world.dask.keep({"large": make.grant("a", "d0", 24)})
     assert world.ledger.index.kept == {"large": Grant("a", ("d0",), 24 * GIB)}
     agent.close("s")
     await eventually(lambda: "s" not in world.ledger.requests, "half of it is free")

@@ -11,7 +11,8 @@ import pytest
 
 from autoscaler.policy import Add, Drain, Reason, Remove
 from manager.core.model import ClusterState, QueueRow
-from manager.core.packing import PackGroup, node_kind, pack
+from manager.core.node_kinds import node_kind
+from manager.core.packing import PackGroup, pack
 from manager.core.quantities import GIB
 from manager.core.shapes import Shape
 from manager.metrics import AUTOSCALER_METRICS_KNOWN

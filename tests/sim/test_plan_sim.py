@@ -15,11 +15,12 @@ import pytest
 
 from manager.core.index import index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
-from manager.core.model import ClusterState, SlotRow
+from manager.core.model import ClusterState, SlotRow, TenantRow
 from manager.core.needs import Limits
 from manager.core.planner import plan
 from manager.core.quantities import GIB
 from manager.core.shapes import Grant, Shape
+from manager.core.shares import accounted
 from plugins.ledger import Ledger, SlotRequest
 from tests.unit import factories as make
 
@@ -53,7 +54,8 @@ class World:
         self.slots: dict[str, SlotRow] = {}
         self.running: dict[str, Task] = {}
         self.ledger = Ledger()
-        self.vtimes: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.vtimes: tuple[dict[str, float], dict[str, float]] = ({}, {})  # of tenants, of shapes
         self.opened: Counter[str] = Counter()
         self.held_max = 0
         self.round_at_s = 0.0
@@ -211,15 +213,18 @@ class World:
         if due_s != self.round_at_s:
             return  # another one was asked for in between
         state = self.look()
-        floor = min((self.vtimes[q.shape_id] for q in state.queues if q.shape_id in self.vtimes), default=0.0)
-        self.vtimes = {q.shape_id: max(floor, self.vtimes.get(q.shape_id, floor)) for q in state.queues}
-        for slot in state.slots:
-            if slot.status is SlotStatus.OPEN:
-                self.vtimes[slot.shape_id] += (self.now_s - self.looked_s) * self.shapes[slot.shape_id].gpus
+        rows = {shape.tenant: TenantRow(tenant=shape.tenant, weight=self.weights.get(shape.tenant, 1.0))
+                for shape in self.shapes.values()}  # fmt: skip
+        state = msgspec.structs.replace(state, tenants=tuple(rows.values()))
+        state = accounted(state, *self.vtimes, self.now_s - self.looked_s)
+        self.vtimes = (
+            {row.tenant: row.vtime_s or 0.0 for row in state.tenants},
+            {queue.shape_id: queue.vtime_s or 0.0 for queue in state.queues},
+        )
         self.looked_s = self.now_s
         held = frozenset(slot_id for slot_id in self.slots if slot_id in self.ledger.held)
         self.held_max = max(self.held_max, *Counter(self.slots[slot_id].shape_id for slot_id in held).values(), 0)
-        answer = plan(state, index_of(state), held, self.vtimes, LIMITS)
+        answer = plan(state, index_of(state), held, LIMITS)
         self.ledger.keep(dict(answer.keep), self.now_s)
         for slot_id in answer.drop:
             del self.slots[slot_id]
@@ -230,7 +235,10 @@ class World:
                 self.slots[slot_id] = make.requested(slot_id, item.shape_id)
                 self.ledger.ask(SlotRequest(slot_id, self.shapes[item.shape_id]), self.now_s)
         for close in answer.close:
-            if self.change(close.slot_id, flag=SlotFlag.CLOSE).idle_ms is not None:
+            if close.flag is SlotFlag.PREEMPT and (task := self.running.pop(close.slot_id, None)) is not None:
+                self.queues[self.slots[close.slot_id].shape_id].appendleft(task)
+                self.close(close.slot_id)
+            elif self.change(close.slot_id, flag=SlotFlag.CLOSE).idle_ms is not None:
                 self.close(close.slot_id)
         self.pump()
         self.round_at_s = 0.0
@@ -329,3 +337,49 @@ def test_idle_slots_end_and_their_memory_comes_back():
     world.arrivals("q", [0.0, 0.0, 0.0], 0.1)
     world.run(LIMITS.idle_s + 5.0)
     assert (world.slots, world.ledger.index.grants) == ({}, {})
+
+
+def served(world: World) -> Counter[str]:
+    """Tasks of each tenant that have started."""
+    counts: Counter[str] = Counter()
+    for name, tasks in world.tasks.items():
+        counts[world.shapes[name].tenant] += sum(task.started_s is not None for task in tasks)
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_weights_of_three_to_one_give_three_times_as_much(seed):
+    world = World(seed, {"a": [24, 24]})
+    world.weights = {"heavy": 3.0, "light": 1.0}
+    for name in world.weights:
+        world.shape(name, make.shape(20, tenant=name))
+        world.arrivals(name, [0.0] * 900, 0.2)
+    world.run(60.0)
+    counts = served(world)
+    assert 2.3 < counts["heavy"] / counts["light"] < 3.9, f"seed {seed}: {counts}"
+
+
+def test_a_tenant_with_many_shapes_gets_no_more_than_one_with_one():
+    world = World(3, {"a": [24, 24]})
+    for number in range(5):
+        world.shape(f"many{number}", make.shape(20, tenant="many"))
+        world.arrivals(f"many{number}", [0.0] * 600, 0.2)
+    world.shape("one", make.shape(20, tenant="one"))
+    world.arrivals("one", [0.0] * 600, 0.2)
+    world.run(60.0)
+    counts = served(world)
+    assert 0.7 < counts["many"] / counts["one"] < 1.4, counts
+    own = {name: sum(task.started_s is not None for task in tasks) for name, tasks in world.tasks.items() if name != "one"}
+    assert min(own.values()) > 0.4 * max(own.values()), f"its shapes share what it gets: {own}"
+
+
+def test_who_comes_back_has_saved_nothing():
+    world = World(4, {"a": [24]})
+    world.shape("steady", make.shape(20, tenant="steady"))
+    world.arrivals("steady", [0.0] * 900, 0.2)
+    world.shape("back", make.shape(20, tenant="back"))
+    world.arrivals("back", [0.0, *[40.0] * 400], 0.2)
+    world.run(60.0)
+    since = [task for task in world.tasks["steady"] if task.started_s is not None and task.started_s > 40.0]
+    back = [task for task in world.tasks["back"] if task.started_s is not None]
+    assert 0.6 < len(since) / len(back) < 1.7, f"{len(since)} against {len(back)} in its first twenty seconds"

@@ -113,6 +113,9 @@ SCREENS = {
     "no tasks": lambda: screens_tasks.task_table([], NOW),
     "task": lambda: screens_tasks.task_screen(view(result=msgspec.Raw(b'{"a":[1,2,3]}'))),
     "workers": lambda: screens_cluster.workers_screen([worker(device(), device(foreign_bytes=GIB))]),
+    "workers in use": lambda: screens_cluster.workers_screen(
+        [worker(device(exclusive=True), device(index=1, share_leased=0.5), labels={"zone": "a", "tier": "spot"})]
+    ),
     "no workers": lambda: screens_cluster.workers_screen([]),
     "status": lambda: screens_cluster.status_screen(cluster(), "http://127.0.0.1:8000"),
     "status with problems": lambda: screens_cluster.status_screen(cluster(problems=("No controller leads.",)), "u"),
@@ -124,6 +127,22 @@ def test_a_screen_fits_eighty_columns(name):
     lines = shown(SCREENS[name]()).splitlines()
     assert lines
     assert max(map(len, lines)) <= 80
+
+
+def test_everything_that_was_asked_for_is_shown():
+    asked = answers.ResourcesView(
+        24 * GIB, 2, share=0.5, architecture=("gfx942",), labels={"zone": "a"}, cpus=0.5, exclusive=True
+    )
+    text = " ".join(shown(screens_tasks.task_screen(view(resources=asked))).split())
+    assert "2 × 24 GiB, gfx942, 50 % of the compute, alone on the devices, 0.5 CPUs, zone=a, at most 60m 00s" in text
+    assert "2 × 24 GiB, at most" in " ".join(shown(screens_tasks.task_screen(view())).split())
+
+
+def test_who_has_a_device_and_the_labels_of_nodes_are_shown():
+    text = shown(SCREENS["workers in use"]())
+    assert "node-0/0: a slot has it for itself" in text
+    assert "node-0/1: 50% of its compute is leased" in text
+    assert "node-0: labels tier=spot, zone=a" in text
 
 
 def test_ids_and_sizes_are_never_cut():

@@ -6,11 +6,15 @@ import time
 import msgspec
 import pytest
 
+from manager.core.devices import parse_fleet
+from manager.core.index import Index
 from manager.core.lifecycle import SlotKind
+from manager.core.model import DeviceUse
 from manager.core.news import News, QueueNews, SlotNews, news_of
 from manager.core.quantities import GIB
-from plugins.dashboard_columns import COLOURS, View, bars_data, inner_data, marks_data, pieces_data, summary_html
-from plugins.dashboard_rows import Part, direct_columns, layout_of, node_bars, queue_columns, slot_texts
+from manager.core.shapes import Grant
+from plugins.dashboard_columns import COLOURS, MEANINGS, View, bars_data, inner_data, marks_data, pieces_data, summary_html
+from plugins.dashboard_rows import Part, direct_columns, layout_of, node_bars, queue_columns, slot_texts, spans
 from plugins.ledger import DirectWaiting
 from tests.unit import factories as make
 
@@ -130,6 +134,48 @@ def test_a_slot_says_what_it_is():
     assert (text.needs, text.tenant, text.leased, text.used, text.running) == ("2 × 20 GiB", "vision", "40 GiB", "12 GiB", "1")
 
 
+def partitioned(*leases):
+    """The bars of a MI300X in CPX/NPS4 with these slots: their texts and their view."""
+    devices = parse_fleet("1x1:mi300x/cpx-nps4")[0].devices
+    index = Index()
+    index.add_node("a", "i1", devices, GIB)
+    for number, (uuids, grant) in enumerate(leases):
+        index.lease(f"s{number}", Grant("a", tuple(f"SIM-000-00.{each}" for each in uuids), **grant))
+    nodes = node_bars(index, News(), {"a": devices})
+    return index, View(nodes, layout_of(nodes), slot_texts(nodes, index, News(), {}), News(), ())
+
+
+def test_devices_that_share_their_memory_are_one_bar():
+    large, small = {"memory_bytes": 20 * GIB}, {"memory_bytes": GIB}
+    index, view = partitioned(((0,), large), ((1,), large), ((2, 3), small))
+    index.observe("a", DeviceUse(uuid="SIM-000-00.2", used_bytes=2 * GIB, slots={"s2": 2 * GIB}), 1.0)
+    bars = view.nodes[0].bars
+    assert [bar.name for bar in bars] == ["0–1", "2–3", "4–5", "6–7"]
+    assert next(iter(view.layout.labels.values())) == "0–1  2 × MI300X CPX/NPS4"
+    assert [(bar.total_bytes, bar.leased_bytes, bar.free_bytes) for bar in bars[:2]] == [
+        (48 * GIB, 40 * GIB, 7 * GIB),
+        (48 * GIB, 2 * GIB, 45 * GIB),
+    ]
+    assert "1 node, 8 devices, 188 GiB: leased 42 GiB" in summary_html(view)
+    assert "devices <b>a / 0–1 2 × MI300X CPX/NPS4" in pieces_data(view)["tip"][0]
+    assert slot_texts(view.nodes, index, News(), {})["s2"].used == "2 GiB", "what both devices read is one use"
+
+
+def test_what_nobody_else_can_have_is_not_free():
+    lone = {"memory_bytes": 8 * GIB, "exclusive": True, "share_milli": 250}
+    _, view = partitioned(((0,), lone), ((2,), lone), ((3,), lone))
+    first, second = (bar.pieces for bar in view.nodes[0].bars[:2])
+    assert [piece.part for piece in first] == [Part.LEASED, Part.FREE, Part.RESERVE], "its neighbour may have the rest"
+    assert [piece.part for piece in second] == [Part.LEASED, Part.LEASED, Part.ALONE, Part.RESERVE]
+    assert view.slots["s1"].needs == "8 GiB, 25 % of the compute, for itself"
+    assert MEANINGS[Part.ALONE] in summary_html(view)
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([1, 0], "0–1"), ([0, 1, 2, 5, 7, 8], "0–2, 5, 7–8")])
+def test_spans(numbers, text):
+    assert spans(numbers) == text
+
+
 def test_words_of_others_are_shown_and_do_nothing():
     index = make.index({EVIL: [100]})
     index.lease("s1", make.grant(EVIL, "d0", 20))
@@ -151,7 +197,7 @@ def test_tables_of_what_waits():
         "asked": "1",
         "running": "2",
     }
-    waiting = direct_columns([DirectWaiting(16 * GIB, 1, 40, 3.0)])
+    waiting = direct_columns([DirectWaiting(make.need(16), 40, 3.0)])
     assert {name: cells[0] for name, cells in waiting.items()} == {"needs": "16 GiB", "waiting": "40", "oldest": "3.0 s"}
 
 

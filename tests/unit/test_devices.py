@@ -26,6 +26,7 @@ from manager.core.errors import StartError
 from manager.core.quantities import GIB
 from plugins.node.devices.identity import Identity, keys_of, unique_id_text
 from plugins.node.devices.interface import VISIBILITY_VARIABLES, visibility
+from plugins.node.devices.pools import memory_of
 from plugins.node.devices.probe import Rejection, chosen
 
 TOTAL = 64 * GIB
@@ -258,9 +259,9 @@ def test_unique_ids_are_spelt_as_rocr_spells_them(text, expected):
 
 def test_whole_devices_go_by_their_unique_id():
     keys = keys_of([Identity("GPU-18ff", bdf="0000:05:00.0", compute="SPX"), Identity("GPU-2aa", bdf="0000:06:00.0")])
-    assert [(key.uuid, key.visible_id, key.partition, key.problem) for key in keys] == [
-        ("GPU-00000000000018ff", "GPU-00000000000018ff", "", ""),
-        ("GPU-00000000000002aa", "GPU-00000000000002aa", "", ""),
+    assert [(key.uuid, key.visible_id, key.partition, key.siblings) for key in keys] == [
+        ("GPU-00000000000018ff", "GPU-00000000000018ff", "", 1),
+        ("GPU-00000000000002aa", "GPU-00000000000002aa", "", 1),
     ]
 
 
@@ -269,19 +270,67 @@ def test_devices_without_a_unique_id_go_by_rocrs_index():
     assert [(key.uuid, key.visible_id) for key in keys] == [("u", "1"), ("BDF-0000:06:00.0", "0")]
 
 
-def test_partitions_with_memory_of_their_own_are_devices():
+def test_partitions_are_devices():
     parts = [Identity("GPU-18ff", "", f"0000:05:00.{i}", i, i, "DPX", "NPS2") for i in range(2)]
     keys = keys_of(parts)
     assert [key.uuid for key in keys] == ["GPU-00000000000018ff.0", "GPU-00000000000018ff.1"]
     assert [key.visible_id for key in keys] == ["0", "1"]  # the id fits both: ROCR would show neither
     assert [key.partition for key in keys] == ["DPX/NPS2/0", "DPX/NPS2/1"]
-    assert not any(key.problem for key in keys)
+    assert {(key.gpu, key.siblings) for key in keys} == {("0000:05:00", 2)}
 
 
-def test_partitions_that_share_memory_are_refused_since_each_would_be_promised_all_of_it():
-    keys = keys_of([Identity("GPU-18ff", "", f"0000:05:00.{i}", i, i, "CPX", "NPS1") for i in range(8)])
-    assert len({key.uuid for key in keys}) == 8
-    assert all("8 logical devices share 1 pool" in key.problem for key in keys)
+def memories(compute, memory, told_gib, *, model="AMD Instinct MI300X", shown=8):
+    """The memory of each logical device that is shown of one GPU, which tell so many GiB each."""
+    parts = [Identity("GPU-18ff", "", f"0000:05:00.{i}", i, i, compute, memory) for i in range(shown)]
+    return [memory_of(part, key, model, int(told_gib * GIB)) for part, key in zip(parts, keys_of(parts), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("compute", "memory", "shown", "told", "total", "pools"),
+    [
+        pytest.param("SPX", "NPS1", 1, 192, 192, [""], id="a whole device"),
+        pytest.param("CPX", "NPS4", 8, 48, 48, ["0", "0", "1", "1", "2", "2", "3", "3"], id="two on each quadrant"),
+        pytest.param("CPX", "NPS4", 8, 192, 48, ["0", "0", "1", "1", "2", "2", "3", "3"], id="each tells of the whole GPU"),
+        pytest.param("CPX", "NPS4", 8, 23.9, 23.9, [""] * 8, id="each tells its own share"),
+        pytest.param("CPX", "NPS4", 4, 47.9, 47.9, ["0", "0", "1", "1"], id="half of them are shown"),
+        pytest.param("CPX", "NPS1", 8, 191.9, 191.9, ["0"] * 8, id="all on one pool"),
+        pytest.param("CPX", "NPS1", 2, 192, 192, ["0"] * 2, id="two of those are shown"),
+        pytest.param("QPX", "NPS4", 4, 48, 48, [""] * 4, id="as many parts as devices"),
+        pytest.param("DPX", "NPS2", 2, 192, 96, [""] * 2, id="as many parts, and each tells of the whole GPU"),
+        pytest.param("DPX", "NPS1", 2, 192, 192, ["0"] * 2, id="two on one pool"),
+        pytest.param("CPX", "NPS4", 8, 0, 0, ["0", "0", "1", "1", "2", "2", "3", "3"], id="nothing is told"),
+    ],
+)
+def test_the_memory_of_partitions(compute, memory, shown, told, total, pools):
+    found = memories(compute, memory, told, shown=shown)
+    assert {(each.total_bytes, each.problem) for each in found} == {(int(total * GIB), "")}
+    assert [each.pool for each in found] == [f"0000:05:00/{memory}/{pool}" if pool else "" for pool in pools]
+    distinct = {each.pool or str(i): each.total_bytes for i, each in enumerate(found)}
+    assert sum(distinct.values()) <= 192 * GIB, "more is promised than there is"
+
+
+@pytest.mark.parametrize(
+    ("compute", "memory", "told", "model", "said"),
+    [
+        pytest.param("CPX", "NPS3", 48, "AMD Instinct MI300X", "is not known (CPX/NPS3)", id="a mode that cannot be"),
+        pytest.param("CPX", "", 48, "AMD Instinct MI300X", "is not known (CPX/?)", id="half of the mode is not told"),
+        pytest.param("CPX", "NPS4", 100, "AMD Instinct MI300X", "neither all of it, nor a part", id="no size of it"),
+        pytest.param("CPX", "NPS4", 48, "AMD Instinct MI999", "is not known (CPX/NPS4)", id="a model that is not known"),
+        pytest.param("QPX", "NPS2", 96, "AMD Instinct MI300X", "is not known (QPX/NPS2)", id="more of them than there can be"),
+    ],
+)
+def test_partitions_of_which_the_memory_cannot_be_told_are_refused(compute, memory, told, model, said):
+    assert all(said in each.problem for each in memories(compute, memory, told, model=model))
+
+
+def test_how_much_memory_a_model_has_must_be_known_to_split_it():
+    assert all("use NPS1" in each.problem for each in memories("DPX", "NPS2", 96, model="AMD Instinct MI999", shown=2))
+
+
+def test_partitions_of_a_model_that_is_not_known_share_all_that_is_told():
+    for compute, shown in (("DPX", 2), ("QPX", 4), ("CPX", 8)):
+        found = memories(compute, "NPS1", 64, model="AMD Instinct MI999", shown=shown)
+        assert {(each.pool, each.problem) for each in found} == {("0000:05:00/NPS1/0", "")}
 
 
 @given(
@@ -340,6 +389,12 @@ def test_every_model_can_be_simulated_and_is_documented(name):
         ("200x1:mi300x,57x1:h100", "from 1 to 256 nodes"),
         ("1x0:mi300x", "from 1 to 64 devices"),
         ("1x65:mi300x", "from 1 to 64 devices"),
+        ("1x9:mi300x/cpx-nps4", "from 1 to 64 devices, and this makes 72"),
+        ("1x8:mi300x/cpx", "NODESxDEVICES:MODEL"),
+        ("1x8:mi300x/cpx-nps3", "known: spx-nps1, dpx-nps1, .*cpx-nps4"),
+        ("1x8:mi300x/tpx-nps1", "cannot be split into tpx-nps1"),
+        ("1x8:mi300a/cpx-nps4", "cannot be split into cpx-nps4"),
+        ("1x8:h100/cpx-nps4", "'h100' cannot be split into cpx-nps4: leave that out"),
     ],
 )
 def test_a_wrong_fleet_says_what_would_be_right(text, told):

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from prometheus_client import REGISTRY
 
+from manager.core.devices import parse_fleet
 from manager.core.lifecycle import Cordon
 from manager.core.model import DeviceUse
 from manager.core.quantities import GIB
@@ -116,3 +117,11 @@ def test_only_a_store_that_is_known_not_to_sync_is_told_of(policy, expected):
     metrics.show_fsync(policy)
     assert sample("rocyard_store_unsynced") == expected
     metrics.hide()
+
+
+def test_memory_that_devices_share_is_summed_once():
+    devices = parse_fleet("1x1:mi300x/cpx-nps4")[0].devices
+    readings = PlayedReadings(*(DeviceUse(uuid=device.uuid, used_bytes=3 * GIB) for device in devices))
+    gpu = GpuMetrics(readings)
+    gpu.devices = devices
+    assert (gpu.memory_total(None), gpu.memory_used(None)) == (192 * GIB, 4 * 3 * GIB)

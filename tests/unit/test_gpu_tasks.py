@@ -30,6 +30,14 @@ from tests.unit import factories as make
         ({"memory": "16GiB"}, Resources(16 * GIB, 1)),
         ({"memory": 5, "count": 64}, Resources(5, 64)),
         ({"memory": "1.5 GiB", "count": 2}, Resources(3 * GIB // 2, 2)),
+        (
+            {"memory": 5, "share": "50%", "architecture": ["sm_90", "CDNA3"], "device_model": "H100", "labels": {"zone": "a"}},
+            Resources(5, 1, 500, ("cdna3", "sm_90"), "h100", (("zone", "a"),)),
+        ),
+        (
+            {"memory": 5, "cpus": 0.5, "host_memory": "1GiB", "exclusive": True, "model": "m"},
+            Resources(5, cpu_milli=500, host_memory_bytes=GIB, exclusive=True, model="m"),
+        ),
     ],
 )
 def test_an_annotation_is_read(wanted, found):
@@ -45,6 +53,11 @@ def test_an_annotation_is_read(wanted, found):
         ({1: 2}, "write gpu="),
         ({"memory": "1GiB", "count": 1.0}, "a number from 1 to 64"),
         ({"memory": "x"}, "such as '24GiB'"),
+        ({"memory": 5, "share": 2}, "the share of the gpu annotation: 2.0 is not a share"),
+        ({"memory": 5, "architecture": "cdna33"}, "did you mean 'cdna3'"),
+        ({"memory": 5, "labels": ["zone"]}, "write gpu="),
+        ({"memory": 5, "exclusive": "yes"}, "write gpu="),
+        ({"memory": 5, "gpus": 2}, "there are memory, count, share"),
     ],
 )
 def test_what_cannot_be_read_is_refused_and_what_would_be_right_is_said(wanted, right):

@@ -39,7 +39,7 @@ def of_group(state: object) -> object:
 def test_the_groups_of_the_settings_are_packed_without_what_is_never_leased() -> None:
     node = NodeSettings(reserve_bytes=GIB, memory_ratio_max=0.5, slots_max=7)
     (first, second) = pack_groups(msgspec.structs.replace(SETTINGS, node=node))
-    assert (first.name, first.kind.sizes, first.kind.slots_max) == ("g", (50 * GIB, 50 * GIB), 7)
+    assert (first.name, first.kind.total_bytes, first.kind.slots_max) == ("g", 100 * GIB, 7)
     assert (second.name, second.nodes_max) == ("h", 0)
 
 

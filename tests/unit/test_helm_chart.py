@@ -408,6 +408,7 @@ def test_the_autoscaler_finds_the_groups_and_may_scale_them_and_no_more() -> Non
         "workers_min": 1,
         "workers_max": 4,
         "namespace": "prod",
+        "labels": {},
         "workload": "statefulset/rocyard-node-mi300x",
     }
     workloads = {group["workload"].removeprefix("statefulset/") for group in groups.values()}
@@ -455,6 +456,19 @@ def test_who_says_how_many_nodes(autoscaler, replicas) -> None:
     spec = find(manifests, "StatefulSet", "rocyard-node-sim")["spec"]
     assert spec.get("replicas") == replicas
     assert spec["podManagementPolicy"] == "Parallel"
+
+
+def test_nodes_have_the_labels_of_their_group_and_are_started_anew_for_others() -> None:
+    manifests = render(
+        {"groups": {"mi300x": GPUS | {"labels": {"rack": "a"}}, "sim": {"devices": "1:mi300x/cpx-nps4", "resource": "none"}}}
+    )
+    settings = yaml.safe_load(settings_text(manifests))
+    assert settings["groups"]["mi300x"]["labels"] == {"rack": "a"}
+
+    def noted(name: str) -> str | None:
+        return find(manifests, "StatefulSet", name)["spec"]["template"]["metadata"]["annotations"].get("rocyard/labels")
+
+    assert (noted("rocyard-node-mi300x"), noted("rocyard-node-sim")) == ('{"rack":"a"}', None)
 
 
 def test_without_the_autoscaler_nothing_of_it_is_left() -> None:

@@ -6,8 +6,22 @@ import pytest
 from hypothesis import given
 
 from manager.core.lifecycle import SlotKind
+from manager.core.placement import Reason, find
+from manager.core.policies import BEST_FIT
 from manager.core.quantities import GIB
-from plugins.ledger import GONE_S, KEPT_S, PLACING_S, Assignment, DirectWaiting, Ledger, SlotRequest
+from manager.core.shapes import grant_of, shape_of
+from plugins.ledger import (
+    GONE_S,
+    KEPT_S,
+    PLACING_S,
+    RESERVE_AFTER_S,
+    RESERVED_MAX,
+    Assignment,
+    DirectWaiting,
+    Ledger,
+    SlotRequest,
+    asks_for_all_of,
+)
 from tests.unit import factories as make
 
 D0 = make.grant("a", "d0", 16)
@@ -22,6 +36,10 @@ def book(*reports):
 
 def ask(ledger, slot_id, gib=16.0, gpus=1, node=""):
     ledger.ask(SlotRequest(slot_id, make.shape(gib, gpus), node), 0.0)
+
+
+def request(slot_id, needs):
+    return SlotRequest(slot_id, shape_of("t", "", needs))
 
 
 def decided(ledger, now_s=1.0):
@@ -205,6 +223,15 @@ def test_an_agent_that_speaks_again_gets_work_again():
     assert len(ledger.decide(11.0)) == 1
 
 
+def test_an_agent_that_has_never_spoken_gets_nothing_until_it_does():
+    ledger = book()
+    ledger.silent("a")
+    ask(ledger, "s")
+    assert ledger.decide(11.0) == []
+    hear(ledger)
+    assert len(ledger.decide(12.0)) == 1
+
+
 def test_a_cordoned_node_still_gets_its_own_slots_back():
     ledger = book(make.report("a", [24], cordoned=True, s=D0))
     ask(ledger, "s", node="a")
@@ -334,8 +361,8 @@ def test_how_many_wait_is_told_by_size_whatever_their_places():
     want(ledger, "three", 40, now_s=3.0)
     ask(ledger, "leader", 30)
     assert ledger.direct_waiting(5.0) == [
-        DirectWaiting(int(30 * GIB), 1, 2, 4.0),
-        DirectWaiting(int(40 * GIB), 1, 1, 2.0),
+        DirectWaiting(make.need(30), 2, 4.0),
+        DirectWaiting(make.need(40), 1, 2.0),
     ]
 
 
@@ -348,6 +375,213 @@ def test_the_lease_of_a_task_that_was_let_go_ends_with_the_agents_word():
     assert decided(ledger) == {}
     ledger.closed(["s", "never-heard-of"], 2.0)
     assert set(decided(ledger)) == {"t"}
+
+
+# --- all that placement reads ---------------------------------------------------------------------------------------
+
+
+def test_a_node_is_what_its_report_says():
+    ledger = Ledger()
+    known = msgspec.structs.replace(
+        make.report("a", [24]), cpu_milli=8000, host_memory_bytes=64 * GIB, labels=(("zone", "x"),), slots_max=3
+    )
+    ledger.register(known, 0.0)
+    view = ledger.index.nodes["a"]
+    assert (view.cpu_milli, view.host_memory_bytes, view.labels, view.slots_max) == (8000, 64 * GIB, (("zone", "x"),), 3)
+
+
+def test_a_grant_has_all_that_was_asked_for():
+    ledger = book()
+    needs = make.need(8, share_milli=500, cpu_milli=1000, host_memory_bytes=GIB, exclusive=True, model="m")
+    ledger.ask(request("s", needs), 0.0)
+    assert decided(ledger) == {"s": grant_of(needs, "a", ("d0",))}
+
+
+def test_a_slot_is_placed_with_what_its_shape_turned_out_to_need():
+    ledger = book(make.report("a", [8]), make.report("b", [24]))
+    ledger.ask(SlotRequest("s", make.shape(8), learned=make.need(20)), 0.0)
+    assert decided(ledger) == {"s": make.grant("b", "d0", 20)}
+
+
+LARGE = make.need(30, 2, share_milli=500, cpu_milli=2000, host_memory_bytes=2 * GIB)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        make.need(29, 2, share_milli=500, cpu_milli=2000, host_memory_bytes=2 * GIB),
+        make.need(30, 1, share_milli=500, cpu_milli=2000, host_memory_bytes=2 * GIB),
+        make.need(30, 2, share_milli=499, cpu_milli=2000, host_memory_bytes=2 * GIB),
+        make.need(30, 2, share_milli=500, cpu_milli=1999, host_memory_bytes=2 * GIB),
+        make.need(30, 2, share_milli=500, cpu_milli=2000, host_memory_bytes=GIB),
+    ],
+)
+@pytest.mark.parametrize(
+    "stricter", [{}, {"exclusive": True}, {"architectures": ("gfx942",)}, {"device_model": "mi"}, {"labels": (("a", "b"),)}]
+)
+def test_what_failed_is_in_the_way_only_of_what_asks_for_as_much_of_everything(other, stricter):
+    """Of two that fit nowhere the second is not tried; one that asks for less of anything, or less strictly, is."""
+    more, less = (msgspec.structs.replace(needs, **stricter) for needs in (LARGE, other))
+    assert asks_for_all_of(more, less)
+    assert asks_for_all_of(more, other)
+    assert not asks_for_all_of(less, more)
+    assert not asks_for_all_of(other, more)
+    assert asks_for_all_of(other, more if not stricter else less) is False
+
+
+@given(st.lists(st.sampled_from(["leased", "foreign", "cordoned", "sick", "kept", "alone"]), max_size=4), st.data())
+def test_what_is_not_tried_would_not_have_fitted(troubles, data):
+    ledger = book(make.report("a", [24, 24]), make.report("b", [48]))
+    for at, trouble in enumerate(troubles):
+        node = data.draw(st.sampled_from("ab"))
+        match trouble:
+            case "leased":
+                ledger.index.lease(f"x{at}", make.grant(node, "d0", 10))
+            case "alone":
+                ledger.index.lease(f"x{at}", msgspec.structs.replace(make.grant(node, "d0", 1), exclusive=True))
+            case "kept":
+                ledger.index.keep(f"x{at}", make.grant(node, "d0", 10))
+            case "foreign":
+                ledger.index.observe(node, make.use("d0", foreign=12), 1.0)
+            case "sick":
+                ledger.index.observe(node, make.use("d0", healthy=False), 1.0)
+            case "cordoned":
+                ledger.index.nodes[node].cordoned = True
+    needs = st.builds(
+        make.need,
+        st.sampled_from([2, 12, 20, 40]),
+        st.sampled_from([1, 2]),
+        exclusive=st.booleans(),
+        architectures=st.sampled_from([(), ("gfx942",), ("gfx90a",), ("gfx90a", "gfx942")]),
+        device_model=st.sampled_from(["", "te", "test", "other"]),
+    )
+    failed, asked = data.draw(needs), data.draw(needs)
+    if find(failed, ledger.index, BEST_FIT) is None and asks_for_all_of(asked, failed):
+        assert find(asked, ledger.index, BEST_FIT) is None
+
+
+# --- room for Dask tasks that others pass ---------------------------------------------------------------------------
+
+
+def passed(*reports, large=24.0):
+    """A large Dask task waits, and a small one has gone before it."""
+    ledger = book(*(reports or (make.report("a", [24]), make.report("b", [24]))))
+    for number in range(4):
+        want(ledger, f"s{number}", 12)
+    assert len(decided(ledger)) == 4
+    want(ledger, "large", large, priority=-1, now_s=1.0)
+    want(ledger, "t0", 12, now_s=1.0)
+    ledger.ended("s0", 1.0)
+    assert set(decided(ledger, 1.0)) == {"t0"}
+    return ledger
+
+
+def test_a_task_that_others_pass_for_long_has_room_kept_where_the_least_must_end():
+    ledger = passed()
+    where = ledger.index.grants["s1"].node
+    ledger.ended("s1", 2.0)
+    want(ledger, "t1", 4)
+    assert set(decided(ledger, 2.0)) == {"t1"}, "it has not waited for long"
+    assert ledger.reserved == {}
+    assert decided(ledger, 1.0 + RESERVE_AFTER_S) == {}
+    assert ledger.reserved == {"large": make.grant(where, "d0", 24)}
+    want(ledger, "t2", 4, now_s=7.0)
+    assert decided(ledger, 7.0) == {}, "there is room, and it is kept"
+    assert Reason.RESERVED_FOR_LARGER in {verdict.reason for verdict in ledger.verdicts("t2")}
+    assert {verdict.reason for verdict in ledger.verdicts("large")} == {Reason.INSUFFICIENT_MEMORY}, "not for itself"
+    for slot in ("t0", "t1"):
+        ledger.ended(slot, 8.0)
+    assert decided(ledger, 8.0) == {"large": make.grant(where, "d0", 24)}
+    assert (ledger.reserved, ledger.index.kept) == ({}, {})
+    ledger.ended("s2", 9.0)
+    assert set(decided(ledger, 9.0)) == {"t2"}, "elsewhere it passes as before"
+
+
+def test_nobody_has_room_kept_whom_nobody_passes():
+    ledger = book()
+    want(ledger, "s", 20)
+    decided(ledger)
+    for number in range(3):
+        want(ledger, f"t{number}", 20)
+    for now_s in range(2, 60, 2):
+        assert decided(ledger, now_s) == {}
+        assert ledger.index.kept == {}
+
+
+def test_a_task_that_fits_elsewhere_takes_that_and_the_room_is_given_to_others():
+    ledger = passed()
+    decided(ledger, 7.0)
+    want(ledger, "t1", 12, now_s=7.0)
+    ledger.ended("t0", 7.0)
+    assert decided(ledger, 7.0) == {}
+    ledger.register(make.report("c", [24]), 8.0)
+    assert decided(ledger, 8.0) == {"large": make.grant("c", "d0", 24), "t1": make.grant("a", "d0", 12)}
+    assert (ledger.reserved, ledger.index.kept) == ({}, {})
+
+
+@pytest.mark.parametrize("event", ["cancelled", "node lost", "node gone", "cordoned", "foreign"])
+def test_room_is_given_up_when_the_task_goes_or_the_node_will_not_do(event):
+    ledger = passed(make.report("a", [24]), make.report("b", [24]))
+    decided(ledger, 7.0)
+    (kept,) = ledger.reserved.values()
+    match event:
+        case "cancelled":
+            ledger.forget("large")
+        case "node lost":
+            ledger.lost(kept.node, "i1", 8.0)
+        case "node gone":
+            ledger.unreachable(kept.node, 8.0)
+        case "cordoned":
+            ledger.hear(make.beat(kept.node, cordoned=True), 8.0, heard_s=0.0, silent=False)
+        case "foreign":
+            ledger.hear(make.beat(kept.node, make.use("d0", foreign=2)), 8.0, heard_s=0.0, silent=False)
+    decided(ledger, 9.0)
+    assert kept not in ledger.index.kept.values()
+    elsewhere = {grant.node for grant in ledger.reserved.values()}
+    assert elsewhere == (set() if event == "cancelled" else {"a", "b"} - {kept.node}), "the other one will do"
+
+
+def test_who_fits_nowhere_however_empty_is_in_nobodys_way():
+    ledger = passed()
+    want(ledger, "huge", 48, priority=-2, now_s=1.0)
+    ledger.ended("s1", 2.0)
+    want(ledger, "t1", 4, now_s=2.0)
+    decided(ledger, 2.0)
+    for now_s in (10.0, 11.5):
+        decided(ledger, now_s)
+    assert set(ledger.reserved) == {"large"}
+
+
+def test_room_is_kept_for_so_many_tasks_and_no_more():
+    ledger = book(*(make.report(f"n{number:02}", [24]) for number in range(2 * RESERVED_MAX)))
+    for number in range(4 * RESERVED_MAX):
+        want(ledger, f"s{number}", 12)
+    assert len(decided(ledger)) == 4 * RESERVED_MAX
+    for number in range(2 * RESERVED_MAX):
+        want(ledger, f"large{number:02}", 22 + number / 16, priority=-1)
+    want(ledger, "small", 12)
+    ledger.ended("s0", 2.0)
+    assert set(decided(ledger, 2.0)) == {"small"}
+    for now_s in range(10, 60, 2):
+        decided(ledger, now_s)
+        assert len(ledger.reserved) <= RESERVED_MAX
+    assert len(ledger.reserved) == RESERVED_MAX
+    assert len({grant.node for grant in ledger.reserved.values()}) == RESERVED_MAX, "each has a device of its own"
+
+
+def test_what_the_leader_keeps_goes_first_and_never_blocks_both():
+    ledger = passed()
+    decided(ledger, 7.0)
+    (kept,) = ledger.reserved.values()
+    ask(ledger, "leaders", 24)
+    ledger.keep({"leaders": make.grant(kept.node, "d0", 24)}, 8.0)
+    decided(ledger, 8.0)
+    decided(ledger, 9.5)
+    assert ledger.index.kept["leaders"].node == kept.node
+    assert {grant.node for grant in ledger.reserved.values()} == {"a", "b"} - {kept.node}
+    for slot in [slot for slot, grant in ledger.index.grants.items() if grant.node == kept.node]:
+        ledger.ended(slot, 10.0)
+    assert set(decided(ledger, 10.0)) == {"leaders"}
 
 
 # --- what Dask does not take ------------------------------------------------------------------------------------------

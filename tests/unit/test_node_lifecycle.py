@@ -14,6 +14,7 @@ from manager.core.devices import reserve_of
 from manager.core.index import index_of
 from manager.core.lifecycle import Cordon, SlotFlag, SlotKind
 from manager.core.model import ClusterState, Refusal
+from manager.core.node_kinds import Capacity
 from manager.core.planner import NEVER, Open, plan
 from manager.core.quantities import GIB
 from manager.core.reconcile import Drains, drains
@@ -233,7 +234,7 @@ def snapshot(state: ClusterState, silent=(), **parts: DependencyState) -> Snapsh
         state=state,
         index=index_of(state),
         silent=frozenset(silent),
-        largest=(),
+        capacity=Capacity({}),
         leader=LeaderView("me", 1, True),
         fsync="always",
         at_s=time.monotonic(),
@@ -370,3 +371,28 @@ def test_a_draining_node_and_the_parts_of_the_cluster_fit_eighty_columns():
     assert "node-0: its agent ends for good once it is empty" in text
     assert "● controller (none leads)" in text
     assert "gpu   3 nodes of 0 to 4 · 1 starting · 1 draining" in text
+
+
+def test_a_device_of_a_pool_shows_the_pool_and_a_host_what_is_leased_of_it():
+    device = make.device("d0", 48)
+    parts = (
+        msgspec.structs.replace(device, pool="q0", partition="CPX/NPS4/0"),
+        msgspec.structs.replace(device, uuid="d1", pool="q0", partition="CPX/NPS4/1"),
+    )
+    row = make.state([], nodes=NODE).nodes[0]
+    info = msgspec.structs.replace(row.info, devices=parts, cpus=8, host_memory_bytes=64 * GIB, labels=(("zone", "a"),))
+    slot = msgspec.structs.replace(
+        make.opened("s", "", "a", "d0"),
+        memory_bytes=8 * GIB,
+        share_milli=500,
+        cpu_milli=1500,
+        host_memory_bytes=GIB,
+        exclusive=True,
+    )
+    state = msgspec.structs.replace(make.state([], [slot]), nodes=(msgspec.structs.replace(row, info=info),))
+    (worker,) = views.workers(snapshot(state))
+    first, second = worker.devices
+    assert (first.leased_bytes, first.free_bytes, first.share_leased, first.exclusive) == (8 * GIB, 40 * GIB, 0.5, True)
+    assert (second.leased_bytes, second.free_bytes, second.share_leased, second.exclusive) == (8 * GIB, 40 * GIB, 0.0, False)
+    assert (second.pool, second.partition) == ("q0", "CPX/NPS4/1")
+    assert (worker.cpus, worker.cpus_leased, worker.host_leased_bytes, worker.labels) == (8, 1.5, GIB, {"zone": "a"})

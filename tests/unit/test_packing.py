@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from manager.core.index import SLOTS_MAX
 from manager.core.lifecycle import Cordon, SlotKind
-from manager.core.model import ClusterState, QueueRow, SlotRow
-from manager.core.packing import DirectDemand, NodeKind, PackGroup, Packing, node_kind, pack
+from manager.core.model import ClusterState, QueueRow, SlotRow, TenantRow
+from manager.core.node_kinds import node_kind
+from manager.core.packing import DirectDemand, PackGroup, Packing, pack
 from manager.core.placement import Reason
 from manager.core.quantities import GIB
 from tests.unit import factories as make
@@ -50,7 +51,9 @@ def need(made: ClusterState, group: PackGroup = EIGHT, **more: object) -> int:
     [("8:mi300x", 8, 192), ("1:24GiB", 1, 24), (" 2:H100 ", 2, 80), ("64:512MiB", 64, 0.5)],
 )
 def test_the_devices_of_a_node_are_read(text: str, count: int, gib: float) -> None:
-    assert node_kind(text) == NodeKind((int(gib * GIB),) * count)
+    kind = node_kind(text)
+    assert [device.memory_bytes for device in kind.devices] == [int(gib * GIB)] * count
+    assert kind.total_bytes == int(gib * GIB) * count
 
 
 @pytest.mark.parametrize(
@@ -69,8 +72,8 @@ def test_what_is_no_node_says_what_would_be_right(text: str, says: str) -> None:
 
 
 def test_what_may_not_be_leased_is_taken_off() -> None:
-    assert node_kind("1:100GiB", reserve_bytes=GIB).sizes == (99 * GIB,)
-    assert node_kind("1:100GiB", reserve_bytes=GIB, memory_ratio_max=0.5).sizes == (50 * GIB,)
+    assert node_kind("1:100GiB", reserve_bytes=GIB).total_bytes == 99 * GIB
+    assert node_kind("1:100GiB", reserve_bytes=GIB, memory_ratio_max=0.5).total_bytes == 50 * GIB
 
 
 def test_sixty_four_whole_devices_need_eight_nodes_of_eight() -> None:
@@ -267,3 +270,26 @@ def test_it_is_never_below_what_is_used_and_counts_every_slot_once(
 
 def test_a_node_has_no_more_slots_than_it_may() -> None:
     assert need(state([make.queue("q", make.shape(0.25), SLOTS_MAX + 1)])) == 2
+
+
+@pytest.mark.parametrize(
+    ("quota", "nodes"),
+    [
+        pytest.param({}, 3, id="none"),
+        pytest.param({"gpus_max": 8}, 1, id="devices for one node"),
+        pytest.param({"running_max": 9}, 2, id="tasks for two"),
+    ],
+)
+def test_no_node_is_added_for_what_the_tenants_quota_would_not_let_work(quota: dict[str, int], nodes: int):
+    waiting = state([make.queue("x", make.shape(190), 24, run_s=100.0)])
+    waiting = msgspec.structs.replace(waiting, tenants=(TenantRow(tenant="t", **quota),))
+    (need,) = pack(waiting, [EIGHT], 1.0).needs
+    assert need.nodes == nodes
+
+
+def test_what_works_already_is_of_the_same_quota():
+    running = [make.opened(f"s{i}", "x", "n1", f"d{i}") for i in range(8)]
+    busy = state([make.queue("x", make.shape(190), 24, run_s=100.0)], running, {"n1": [192.0] * 8})
+    busy = msgspec.structs.replace(busy, tenants=(TenantRow(tenant="t", gpus=8, gpus_max=10),))
+    (need,) = pack(busy, [EIGHT], 1.0).needs
+    assert need.nodes == 2

@@ -520,3 +520,28 @@ def test_a_node_with_all_its_slots_gives_up_the_cheapest():
     ledger.free("s1")
     assert isinstance(place(make.need(1), ledger), Placed)
     assert victims(make.need(1), ledger, {"s0": 2.0}) == ()
+
+
+def test_nobody_ends_for_what_would_not_fit_all_the_same():
+    ledger = make.index({"a": [24]})
+    ledger.lease("s", make.grant("a", "d0", 4))
+    assert victims(make.need(47, exclusive=True), ledger, {"s": 1.0}) == ()
+    ledger.observe("a", make.use("d0", foreign=10, s=4), 0.0)
+    assert victims(make.need(20, exclusive=True), ledger, {"s": 1.0}) == ()
+    assert victims(make.need(14, exclusive=True), ledger, {"s": 1.0}) == ("s",)
+
+
+def test_nobody_ends_beside_a_slot_that_has_the_device_for_itself_and_stays():
+    ledger = make.index({"a": [24]})
+    ledger.lease("s", msgspec.structs.replace(make.grant("a", "d0", 4), exclusive=True))
+    assert victims(make.need(47), ledger, {"s": 1.0}) == ()
+    assert victims(make.need(10), ledger, {}) == ()
+    assert victims(make.need(10), ledger, {"s": 1.0}) == ("s",)
+
+
+def test_slots_that_are_kept_count_when_slots_are_used_up():
+    ledger = Index()
+    ledger.add_node("a", "i1", make.devices(24, 24), 0, 2)
+    ledger.lease("s", make.grant("a", "d0", 8))
+    ledger.keep("waits", make.grant("a", "d1", 8))
+    assert victims(make.need(4), ledger, {"s": 1.0}) == ("s",)

@@ -5,9 +5,10 @@ import time
 import msgspec
 import pytest
 
-from manager.core.closing import SEARCHES_MAX, Close
+from manager.core.closing import SEARCHES_MAX, Close, TooLarge
 from manager.core.index import index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
+from manager.core.model import TenantRow, priority_offset
 from manager.core.needs import UNKNOWN_OPEN_MAX, slots_wanted, wake_depth
 from manager.core.placement import victims
 from manager.core.planner import AGAIN_S, NEVER, Open, plan
@@ -19,7 +20,11 @@ NODE = {"a": [24]}
 
 
 def planned(state, held=(), vtimes=None, limits=make.LIMITS):
-    return plan(state, index_of(state), frozenset(held), vtimes or {}, limits)
+    """The plan, where each shape has had so many device-seconds of its tenant's."""
+    had = vtimes or {}
+    queues = tuple(msgspec.structs.replace(queue, vtime_s=had.get(queue.shape_id, 0.0)) for queue in state.queues)
+    state = msgspec.structs.replace(state, queues=queues)
+    return plan(state, index_of(state), frozenset(held), limits)
 
 
 def busy(count, shape_id="x", **more):
@@ -220,8 +225,9 @@ def test_priority_among_busy_slots(priority, own, own_depth, closed):
 def test_a_shape_takes_no_busy_slot_from_one_that_has_no_more_devices_than_itself(others, closed):
     """Equal shapes settle at equal parts; what each had in the past does not make them change places for ever."""
     queues = [make.queue(name, make.shape(8), 50, run_s=5.0) for name in "xy"]
-    slots = [*busy(others), make.opened("y0", "y", "b", "d0"), make.requested("h", "y")]
-    state = make.state(queues, slots, {"a": [8.0 * others], "b": [8]})
+    slots = [make.opened(f"x{i}", "x", "a", f"d{i}") for i in range(others)]
+    slots += [make.opened("y0", "y", "b", "d0"), make.requested("h", "y")]
+    state = make.state(queues, slots, {"a": [8.0] * others, "b": [8]})
     assert len(planned(state, ["h"], {"x": 9.0, "y": 1.0}).close) == closed
 
 
@@ -399,26 +405,204 @@ def large_cluster(waiting):
     ]
     held = [f"h{i}" for i in range(waiting)]
     slots += [make.requested(f"h{i}", f"q{199 - i:03}") for i in range(waiting)]
-    return make.state(queues, slots, nodes), held, {f"q{i:03}": float(100 - i % 100) for i in range(100)}
+    had = [msgspec.structs.replace(q, vtime_s=float(100 - i % 100) if i < 100 else 0.0) for i, q in enumerate(queues)]
+    return make.state(had, slots, nodes), held
 
 
 @pytest.mark.parametrize("waiting", [0, 100])
 def test_a_round_over_a_large_cluster_takes_a_part_of_the_pause_between_rounds(waiting):
-    state, held, vtimes = large_cluster(waiting)
+    state, held = large_cluster(waiting)
     ledger = index_of(state)
     began_s = time.process_time()
-    answer = plan(state, ledger, frozenset(held), vtimes, make.LIMITS)
+    answer = plan(state, ledger, frozenset(held), make.LIMITS)
     assert answer.open
     # About 0.05 s where nothing else runs; the bound says that no step is quadratic.
     assert time.process_time() - began_s < 5
 
 
 def test_victims_of_one_round_are_bounded():
-    state, held, vtimes = large_cluster(100)
+    state, held = large_cluster(100)
     full = [slot for slot in state.slots if slot.status is SlotStatus.OPEN]
     queues = [msgspec.structs.replace(queue, shape=make.shape(190)) for queue in state.queues]
     state = msgspec.structs.replace(state, queues=tuple(queues), slots=(*full[:800], *state.slots[1000:]))
-    answer = plan(state, index_of(state), frozenset(held), vtimes, make.LIMITS)
+    answer = plan(state, index_of(state), frozenset(held), make.LIMITS)
     assert len(answer.close) == SEARCHES_MAX
     ledger = index_of(state)
     assert victims(queues[0].shape, ledger, {close.slot_id: 1.0 for close in answer.close})
+
+
+# --- tenants --------------------------------------------------------------------------------------------------------
+
+
+def shared(queues, slots, nodes, held, limits=make.LIMITS, **rows):
+    """The plan where tenants have these rows: fields of `TenantRow` by name."""
+    tenants = tuple(TenantRow(tenant=name, **row) for name, row in rows.items())
+    state = msgspec.structs.replace(make.state(queues, slots, nodes), tenants=tenants)
+    return plan(state, index_of(state), frozenset(held), limits)
+
+
+def test_the_tenant_stands_before_the_shape():
+    queues = [make.queue(f"{t}{i}", make.shape(24, tenant=t), 1) for t in "ab" for i in range(2)]
+    queues = [msgspec.structs.replace(q, vtime_s=9.0 if q.shape_id.endswith("0") else 1.0) for q in queues]
+    answer = shared(queues, [], NODE, [], a={"vtime_s": 5.0}, b={"vtime_s": 2.0})
+    assert [item.shape_id for item in answer.open] == ["b1", "b0", "a1", "a0"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "closed"),
+    [
+        pytest.param({"vtime_s": 9.0}, {"vtime_s": 1.0}, True, id="it has more, and has had more"),
+        pytest.param({"vtime_s": 9.0, "weight": 3.0}, {"vtime_s": 1.0}, True, id="by its weight it has more all the same"),
+        pytest.param({"vtime_s": 9.0, "weight": 4.0}, {"vtime_s": 1.0}, False, id="by its weight it has no more"),
+        pytest.param({"vtime_s": 1.5}, {"vtime_s": 1.0}, False, id="it has had about as much"),
+    ],
+)
+def test_a_tenant_gives_up_what_is_over_its_weighted_share(a, b, closed):
+    queues = [make.queue(t, make.shape(8, tenant=t), 50, run_s=5.0) for t in "ab"]
+    slots = [make.opened(f"a{i}", "a", "n", f"d{i}") for i in range(4)]
+    slots += [make.opened("b0", "b", "n", "d4"), make.requested("h", "b")]
+    answer = shared(queues, slots, {"n": [8.0] * 5}, ["h"], a=a, b=b)
+    assert len(answer.close) == closed
+
+
+def test_a_small_part_of_a_large_device_is_not_a_device():
+    """Sixteen small tasks on one large device are one device; whoever has two devices for himself has more."""
+    small = [make.opened(f"s{i}", "small", "n", "d0") for i in range(16)]
+    large = [make.opened(f"l{i}", "large", "n", f"d{i + 1}") for i in range(2)]
+    queues = [
+        make.queue("small", make.shape(12, tenant="s"), 50, run_s=5.0),
+        make.queue("large", make.shape(192, tenant="l"), 50, run_s=5.0),
+    ]
+    wanting = [*small, *large, make.requested("h", "small")]
+    answer = shared(queues, wanting, {"n": [192.0] * 3}, ["h"], s={"vtime_s": 1.0}, l={"vtime_s": 9.0})
+    assert [close.slot_id[0] for close in answer.close] == ["l"]
+    wanting = [*small, *large, make.requested("h", "large")]
+    answer = shared(queues, wanting, {"n": [192.0] * 3}, ["h"], s={"vtime_s": 9.0}, l={"vtime_s": 1.0})
+    assert answer.close == ()
+
+
+# --- quotas ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"),
+    [
+        pytest.param({}, 6, id="none"),
+        pytest.param({"running_max": 2}, 2, id="tasks"),
+        pytest.param({"gpus_max": 4}, 2, id="devices"),
+        pytest.param({"memory_bytes_max": 50 * GIB}, 3, id="memory"),
+        pytest.param({"gpus_max": 1}, 0, id="not even one"),
+    ],
+)
+def test_no_more_slots_are_asked_for_than_the_quota_lets_work(quota, count):
+    queue = make.queue("x", make.shape(8, gpus=2), 6, run_s=5.0)
+    answer = shared([queue], [], {"a": [80.0, 80.0]}, [], t=quota)
+    opened = sum(item.count for item in answer.open)
+    assert opened == max(count, 1), "one is opened where there is room: it takes its turn"
+    if quota:
+        assert dict(answer.wake_at)["x"] == NEVER, "more work changes nothing"
+
+
+def test_a_quota_goes_to_the_shapes_in_the_order_in_which_they_are_served():
+    queues = [make.queue(name, make.shape(8), 9, run_s=5.0) for name in "xy"]
+    queues[0] = msgspec.structs.replace(queues[0], vtime_s=5.0)
+    answer = shared(queues, [], {"a": [192.0]}, [], t={"running_max": 3})
+    assert answer.open == (Open("y", 3, 0), Open("x", 1, 0))
+
+
+def test_a_slot_that_only_takes_turns_is_opened_last_of_all():
+    queues = [make.queue("x", make.shape(24), 9, run_s=5.0), make.queue("y", make.shape(20), 9, run_s=5.0)]
+    queues.append(make.queue("o", make.shape(24, tenant="o"), 1, run_s=5.0))
+    rows = {"t": {"running_max": 1, "vtime_s": 0.0}, "o": {"vtime_s": 9.0}}
+    answer = shared(queues, [], {"a": [24.0, 24.0]}, [], **rows)
+    assert answer.open == (Open("x", 1, 0), Open("o", 1, 0)), "there is no room left for y, and none is asked for"
+    answer = shared(queues, [], {"a": [24.0, 24.0, 24.0]}, [], **rows)
+    assert answer.open == (Open("x", 1, 0), Open("o", 1, 0), Open("y", 1, 0))
+
+
+def test_what_the_quota_keeps_waiting_takes_no_room_from_others_and_asks_for_none():
+    queues = [make.queue("x", make.shape(24), 9, run_s=5.0), make.queue("o", make.shape(24, tenant="o"), 9, run_s=5.0)]
+    slots = [make.opened("o0", "o", "a", "d0"), make.requested("h", "x")]
+    answer = shared(queues, slots, NODE, ["h"], t={"memory_bytes_max": 8 * GIB, "vtime_s": 0.0}, o={"vtime_s": 9.0})
+    assert (answer.close, answer.keep, answer.drop) == ((), (), ("h",))
+
+
+# --- the first in line ----------------------------------------------------------------------------------------------
+
+
+def test_room_is_kept_for_the_first_in_line_where_nobody_may_be_asked_to_end():
+    """Its victims have had no more than itself. What ends by itself is kept all the same, and not given to small ones."""
+    queues = [
+        make.queue("large", make.shape(24, gpus=2, tenant="l"), 1),
+        make.queue("small", make.shape(12, tenant="s", max_tasks_per_slot=1), 50, run_s=1.0),
+    ]
+    slots = [make.opened("s0", "small", "a", "d0"), make.opened("s1", "small", "b", "d1"), make.requested("h", "large")]
+    slots += [make.opened("s2", "small", "b", "d0"), make.opened("s3", "small", "b", "d1")]
+    answer = shared(queues, slots, {"a": [24, 24], "b": [24, 24]}, ["h"], l={"vtime_s": 5.0}, s={"vtime_s": 5.0})
+    assert answer.close == ()
+    assert answer.keep == (("h", Grant("a", ("d1", "d0"), 24 * GIB)),), "where the least must still end"
+    # Beside what is kept, small ones find room: one on b/d0.
+    assert [item for item in answer.open if item.shape_id == "small"] == [Open("small", 2, 1)], "one is placed, one is held"
+
+
+def test_room_is_kept_for_one_only():
+    queues = [make.queue(name, make.shape(24, tenant=name), 1) for name in "xy"]
+    queues.append(make.queue("s", make.shape(24, tenant="s"), 50, run_s=1.0))
+    slots = [make.opened(f"s{i}", "s", "a", f"d{i}") for i in range(2)]
+    slots += [make.requested("hx", "x"), make.requested("hy", "y")]
+    answer = shared(queues, slots, {"a": [24, 24]}, ["hx", "hy"], x={"vtime_s": 5.0}, y={"vtime_s": 5.0}, s={"vtime_s": 5.0})
+    assert [slot for slot, _ in answer.keep] == ["hx"]
+
+
+# --- pre-emption ----------------------------------------------------------------------------------------------------
+
+PREEMPTING = msgspec.structs.replace(make.LIMITS, preempt_s=10.0)
+
+
+@pytest.mark.parametrize(
+    ("priority", "waited_s", "running", "flag", "expected"),
+    [
+        pytest.param(5, 11, -5, SlotFlag.NONE, SlotFlag.PREEMPT, id="urgent, and has waited for long"),
+        pytest.param(5, 9, -5, SlotFlag.NONE, SlotFlag.CLOSE, id="not yet: at the task boundary"),
+        pytest.param(4, 11, -5, SlotFlag.NONE, SlotFlag.CLOSE, id="not urgent"),
+        pytest.param(5, 11, -4, SlotFlag.NONE, SlotFlag.CLOSE, id="what runs is not low"),
+        pytest.param(5, 11, -5, SlotFlag.CLOSE, SlotFlag.PREEMPT, id="asked before, it is still at work"),
+        pytest.param(5, 11, -4, SlotFlag.CLOSE, None, id="asked before, and not low"),
+    ],
+)
+def test_who_is_pre_empted(priority, waited_s, running, flag, expected):
+    queues = [
+        make.queue("urgent", make.shape(24), 1, priority=priority, waited_s=waited_s),
+        make.queue("x", make.shape(24), 9, run_s=1.0, priority=-10),
+    ]
+    slot = msgspec.structs.replace(make.opened("v", "x", "a", "d0", flag=flag), score=priority_offset(running) + 7)
+    answer = shared(queues, [slot, make.requested("h", "urgent")], NODE, ["h"], PREEMPTING)
+    assert [close.flag for close in answer.close] == ([] if expected is None else [expected])
+
+
+def test_nothing_is_pre_empted_that_need_not_end():
+    queues = [
+        make.queue("urgent", make.shape(24), 1, priority=9, waited_s=99),
+        make.queue("x", make.shape(24), 9, run_s=1.0, priority=-10),
+    ]
+    low = msgspec.structs.replace(make.opened("v", "x", "a", "d0"), score=priority_offset(-10) + 7)
+    idle = make.opened("i", "x", "a", "d1", idle_s=3.0)
+    answer = shared(queues, [low, idle, make.requested("h", "urgent")], {"a": [24, 24]}, ["h"], PREEMPTING)
+    assert answer.close == (Close("i", "urgent"),)
+
+
+@pytest.mark.parametrize(
+    ("large", "small", "expected"),
+    [
+        pytest.param({}, {}, True, id="equal"),
+        pytest.param({"gpus": 2, "cpu_milli": 9, "labels": (("zone", "a"),)}, {"cpu_milli": 9}, True, id="more of each"),
+        pytest.param({"gpus": 2}, {"cpu_milli": 9}, False, id="less of one"),
+        pytest.param({}, {"exclusive": True}, False, id="not for itself"),
+        pytest.param({}, {"device_model": "mi300x"}, False, id="of any model"),
+        pytest.param({"architectures": ("a", "b")}, {"architectures": ("a",)}, False, id="of more architectures"),
+    ],
+)
+def test_what_needs_as_much_as_something_that_does_not_fit_is_not_tried(large, small, expected):
+    tried = TooLarge()
+    tried.add(make.need(8, **small))
+    assert (make.need(8, **large) in tried) == expected

@@ -60,7 +60,7 @@ def test_everything_set_is_kept(tmp_path):
         ("f", FunctionSettings(target="m:f()"), "is not of the form"),
         ("f", FunctionSettings(target="m:f\n"), "is not of the form"),
         ("f", FunctionSettings(target="m:f", memory="lots"), r"functions\.f: memory: 'lots' is not a size"),
-        ("f", FunctionSettings(target="m:f", gpus=65), "at most 64"),
+        ("f", FunctionSettings(target="m:f", gpus=65), "from 1 to 64"),
         ("f", FunctionSettings(target="m:f", python="/no/such/python"), "'/no/such/python' is not a program"),
         ("f", FunctionSettings(target="m:f", path="/no/such/dir"), "'/no/such/dir' is not a directory"),
     ],

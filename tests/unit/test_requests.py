@@ -13,15 +13,15 @@ from manager.api.body import DEPTH_MAX, batch_request, checked_json, task_reques
 from manager.api.cursors import decode_cursor, encode_cursor
 from manager.api.query import parse_query, wait_s
 from manager.api.submissions import refuse_infeasible, submission_of
-from manager.api.watch import Largest
-from manager.core.answers import TaskView, summary_of, utc, view_of
+from manager.core.answers import TaskView, resources_in, summary_of, utc, view_of
 from manager.core.errors import BadRequest, Infeasible, TooLarge
 from manager.core.functions import PublishedFunction
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskRecord, TaskSpec
+from manager.core.node_kinds import Capacity, NodeDevice, NodeKind
 from manager.core.quantities import GIB
-from manager.core.requests import KeyScope, ResourceRequest, TaskRequest
-from manager.core.shapes import Resources
+from manager.core.requests import PRIORITIES, KeyScope, ResourceRequest, TaskRequest, priority_of
+from manager.core.shapes import Resources, Shape, encode_shape
 from manager.keys import make_key, parse_key, verify
 from manager.settings import Settings
 
@@ -98,16 +98,104 @@ def test_arguments_over_the_limit_are_refused():
     [(10, 1, True), (11, 1, False), (4, 2, True), (5, 2, False), (1, 3, False)],
 )
 def test_feasibility_is_that_of_the_best_node_for_so_many_devices(memory, gpus, ok):
-    largest = (Largest(10 * GIB, "a", "M"), Largest(4 * GIB, "b", "M"))
+    devices = [NodeDevice(size * GIB, pool, "gfx942", "M") for pool, size in enumerate((10, 4))]
+    capacity = Capacity({NodeKind(tuple(devices)): "a"})
     submission = submission_of(
         TaskRequest("echo", resources=ResourceRequest(memory * GIB, gpus)), FUNCTION, "t", "1", Settings()
     )
-    refuse_infeasible(submission.shape, memory * GIB, ())
+    asked = submission.spec.resources
+    refuse_infeasible(submission.shape, asked, Capacity({}))
     if ok:
-        refuse_infeasible(submission.shape, memory * GIB, largest)
+        refuse_infeasible(submission.shape, asked, capacity)
     else:
         with pytest.raises(Infeasible):
-            refuse_infeasible(submission.shape, memory * GIB, largest)
+            refuse_infeasible(submission.shape, asked, capacity)
+
+
+def test_a_refusal_says_in_which_task_which_field_and_what_the_nearest_is():
+    capacity = Capacity({NodeKind((NodeDevice(10 * GIB, 0, "gfx942", "M"),)): "a"})
+    asked = TaskRequest("echo", resources=ResourceRequest("10.1GiB"))
+    submission = submission_of(asked, FUNCTION, "t", "1", Settings(), "tasks[3].")
+    with pytest.raises(Infeasible) as refused:
+        refuse_infeasible(submission.shape, submission.spec.resources, capacity, "tasks[3].")
+    assert str(refused.value) == (
+        "tasks[3].resources.memory: 10.1 GiB (a lease of 10.5 GiB) is more than any device here could ever hold. "
+        "The largest device, M on a, can hold 10.0 GiB."
+    )
+    assert refused.value.details == {
+        "reason": "ExceedsLargestDevice",
+        "field": "tasks[3].resources.memory",
+        "node": "a",
+        "memory_bytes": int(10.5 * GIB),
+        "usable_bytes_max": 10 * GIB,
+    }
+
+
+SELECTORS = st.fixed_dictionaries(
+    {"memory_bytes": st.integers(1, 2**45), "gpus": st.integers(1, 64)},
+    optional={
+        "share_milli": st.integers(1, 1000),
+        "architectures": st.sets(st.sampled_from(["gfx942", "cdna3", "sm_9*"]), min_size=1).map(lambda s: tuple(sorted(s))),
+        "device_model": st.sampled_from(["mi300x", "mi300x|rx 7900 xtx"]),
+        "labels": st.dictionaries(st.sampled_from("abc"), st.sampled_from(["x", "y/z"]), min_size=1).map(
+            lambda d: tuple(sorted(d.items()))
+        ),
+        "cpu_milli": st.integers(1, 4096 * 1000),
+        "host_memory_bytes": st.integers(1, 2**45),
+        "exclusive": st.just(True),
+        "model": st.just("meta/llama-3:8b"),
+    },
+)
+
+
+@given(fields=SELECTORS)
+def test_what_is_asked_for_comes_back_from_json_to_shape_to_store_to_view(fields):
+    wanted = Resources(**fields)
+    body = {
+        "memory": wanted.memory_bytes,
+        "gpus": wanted.gpus,
+        "share": wanted.share_milli / 1000,
+        "architecture": list(wanted.architectures),
+        "device_model": wanted.device_model.upper(),
+        "labels": dict(wanted.labels),
+        "cpus": wanted.cpu_milli / 1000,
+        "host_memory": wanted.host_memory_bytes,
+        "exclusive": wanted.exclusive,
+        "model": wanted.model,
+    }
+    request, _ = task_request(json.dumps({"function": "f", "resources": body}).encode())
+    submission = submission_of(request, FUNCTION, "t", "0" * 26, Settings())
+    assert submission.spec.resources == wanted
+    stored = msgspec.json.decode(encode_shape(submission.shape), type=Shape)
+    assert stored == submission.shape
+    assert msgspec.structs.replace(stored.resources, memory_bytes=wanted.memory_bytes) == wanted
+    spec = msgspec.json.decode(msgspec.json.encode(submission.spec), type=TaskSpec)
+    record = TaskRecord(
+        task_id="0" * 26, status=TaskStatus.QUEUED, tenant="t", function="f", shape_id="s", attempt=0, spec=spec
+    )
+    shown = msgspec.json.encode(view_of(record))
+    assert resources_in(msgspec.json.decode(shown, type=TaskView).resources) == wanted
+    named = json.loads(shown)["resources"].keys() - {"memory_bytes"}
+    assert len(named) == len(fields.keys() - {"memory_bytes", "gpus"}) + (wanted.gpus > 1)
+
+
+def test_what_was_stored_before_there_were_these_fields_is_still_read():
+    shape = msgspec.json.decode(b'{"tenant":"t","environment":"default","memory_bytes":1073741824}', type=Shape)
+    assert shape == Shape("t", "default", GIB)
+    spec = b'{"function":"f","args":{},"resources":{"memory_bytes":5,"gpus":2}}'
+    assert msgspec.json.decode(spec, type=TaskSpec).resources == Resources(5, 2)
+
+
+@pytest.mark.parametrize(("given", "number"), [*PRIORITIES.items(), (" High ", 5), (-10, -10), (3, 3)])
+def test_a_priority_is_a_number_or_a_name(given, number):
+    assert priority_of(given) == number
+    submission = submission_of(TaskRequest("echo", priority=given), FUNCTION, "t", "1", Settings())
+    assert submission.spec.priority == number
+
+
+def test_an_unknown_priority_names_the_nearest_and_where_it_stands():
+    with pytest.raises(BadRequest, match=r"tasks\[1\]\.priority: 'hihg' is not a priority, did you mean 'high'\?"):
+        submission_of(TaskRequest("echo", priority="hihg"), FUNCTION, "t", "1", Settings(), "tasks[1].")
 
 
 def test_a_batch_keeps_its_order():

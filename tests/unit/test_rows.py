@@ -9,7 +9,7 @@ from manager.core.devices import Device
 from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
 from manager.core.model import DeviceUse, NodeInfo, TaskSpec
 from manager.core.quantities import GIB
-from manager.core.shapes import Resources, Shape, encode_shape
+from manager.core.shapes import Grant, Resources, Shape, encode_shape
 from manager.store import rows
 from manager.store.store import library_source
 
@@ -31,7 +31,7 @@ def task_row(**values: bytes) -> list[bytes | None]:
 
 
 def look(queues=(), slots=(), nodes=(), refused=(), dask=(b"", b"")):
-    return rows.state([1, list(queues), list(slots), list(nodes), list(refused), list(dask)])
+    return rows.state([1, list(queues), list(slots), list(nodes), list(refused), list(dask), []])
 
 
 def test_a_task_that_is_not_there_is_none():
@@ -79,11 +79,30 @@ def test_a_slot_has_the_fields_of_the_library_in_its_order():
     assert slot.opened_ms is None
 
 
+def test_a_slot_has_all_of_its_grant():
+    grant = Grant("n1", ("a", "b"), 3 * GIB, 250, 1500, 2 * GIB, True, "llama")
+    names = ("devices", "memory", "share", "cpu", "host", "exclusive", "model")
+    written = dict(zip(names, rows.grant_fields(grant), strict=True))
+    values = {"node": "n1", "status": "OPEN", **{name: str(value) for name, value in written.items()}}
+    row = [b"s1", *(values.get(field, "").encode() for field in lua_fields("SLOT_FIELDS")), 0]
+    (slot,) = look(slots=[row]).slots
+    assert slot.grant(None) == grant
+
+
+def test_a_slot_of_an_older_agent_has_what_its_shape_asks_for():
+    values = {"node": b"n1", "status": b"OPEN", "devices": b"a"}
+    row = [b"s1", *(values.get(field, b"") for field in lua_fields("SLOT_FIELDS")), 0]
+    (slot,) = look(slots=[row]).slots
+    assert slot.grant(SHAPE) == Grant("n1", ("a",), GIB)
+    assert slot.grant(None) is None
+
+
 @pytest.mark.parametrize(("text", "head"), [(b"", None), (b"100000000", 10**8), (b"1e+8", 10**8)])
 def test_the_head_of_a_queue_as_either_server_writes_it(text: bytes, head: int | None):
-    row = [b"sh", encode_shape(SHAPE), 4, text, b"", b"12.500", 0, b""]
+    row = [b"sh", encode_shape(SHAPE), 4, text, b"", b"12.500", 0, b"", 2 * GIB, b"123", b""]
     (queue,) = look(queues=[row]).queues
     assert (queue.head, queue.depth, queue.run_s, queue.shape) == (head, 4, 0.0125, SHAPE)
+    assert (queue.learned_bytes, queue.peak_bytes) == (2 * GIB, 123)
 
 
 def node_row(uses: bytes = b"", seen: bytes = b"", address: bytes = b"", fenced: bytes = b"") -> list[bytes]:

@@ -84,6 +84,12 @@ def test_sections_of_names_of_the_users_choice():
     assert settings.functions["g"].time_limit_s is None
 
 
+def test_labels_are_names_and_values_of_the_users_choice():
+    settings = from_yaml("node:\n  labels: {Zone.b/c: a1, rack: '7'}", {"ROCYARD_NODE__LABELS__RACK": "8"})
+    assert settings.node.labels == {"Zone.b/c": "a1", "rack": "8"}
+    assert load_settings(None, {}, {"node.labels.zone": "x"}).node.labels["zone"] == "x"
+
+
 def test_empty_sections_and_an_empty_file_are_fine():
     assert from_yaml("") == Settings()
     assert from_yaml("api:\nnode: {}\n# nothing\ntenants:\n") == Settings()
@@ -107,6 +113,10 @@ def test_empty_sections_and_an_empty_file_are_fine():
         ("api: {port: null}", "not nothing"),
         ("api: {port: 2020-01-01}", "not a date"),
         ("api: {host: 5}", "api.host: must be text, not the number 5"),
+        ("node: {labels: {rack: 7}}", "node.labels.rack: must be text, not the number 7"),
+        ("node: {labels: {rack: {a: b}}}", "node.labels.rack is one value, not a mapping"),
+        ("node: {labels: [a]}", "node.labels is a section with keys below it, not a list"),
+        ("node: {labels: {rack: 'a b'}}", "node.labels: 'a b' is neither a label's name nor its value"),
         ("log: {level: loud}", "log.level: must be one of debug, error, info, warning, not the text 'loud'"),
         ("node: {reserve_bytes: 2 gigs}", "node.reserve_bytes: '2 gigs' is not a size"),
         ("node: {reserve_bytes: -1}", "must be a size such as 24GiB (from 0), not the number -1"),

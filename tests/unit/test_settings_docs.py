@@ -26,14 +26,14 @@ def uncommented() -> str:
     lines: list[str] = []
     in_example = False
     for line in YAML.read_text().splitlines():
-        if in_example and not line.startswith("#"):
+        if in_example and not line.lstrip().startswith("#"):
             in_example = False
             assert line.endswith(": {}"), "an example is followed by the setting that it explains"
             continue
-        if line == "# Example:":
+        if line.strip() == "# Example:":
             in_example = True
             continue
-        lines.append(line.removeprefix("# ") if in_example else line)
+        lines.append(re.sub(r"^( *)# ", r"\1", line) if in_example else line)
     return "\n".join(lines)
 
 
@@ -46,7 +46,7 @@ def names_of(tree: dict, prefix: str = "") -> list[str]:
 
 
 def any_name(name: str) -> str:
-    return re.sub(r"^(tenants|functions|groups)\.[^.]+", r"\1.NAME", name)
+    return re.sub(r"(\.labels)\.[^.]+$", r"\1.NAME", re.sub(r"^(tenants|functions|groups)\.[^.]+", r"\1.NAME", name))
 
 
 def test_the_yaml_holds_the_defaults():

@@ -155,6 +155,13 @@ def test_a_bar(changes, expected):
     assert screens_top._bar(screens_top._bytes([device(**changes)]), 16).plain == expected
 
 
+def test_memory_that_devices_share_is_summed_once_for_each_node():
+    from manager.cli import screens_top
+
+    shared = tuple(device(index=index, pool=f"p/{index // 2}") for index in range(4))
+    assert screens_top._bytes(shared) == screens_top._bytes([device(), device()])
+
+
 def test_an_unhealthy_device_and_a_lost_node_stand_out():
     sick = worker(devices=(device(healthy=False, problem="ring hang"),), state=answers.WorkerState.LOST)
     text = "\n".join(shown(cluster(workers=(sick,))))

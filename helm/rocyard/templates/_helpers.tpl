@@ -192,7 +192,7 @@ topologySpreadConstraints:
 {{- $defaults := dict
   "resource" "amd.com/gpu" "replicas" 1 "workersMin" 0 "workersMax" 10 "terminationGracePeriodSeconds" 600
   "cpu" "8" "memory" "64Gi" "shm" "8Gi" "scratch" "20Gi" "supplementalGroups" list "runtimeClassName" ""
-  "nodeSelector" dict "tolerations" list "volumes" list "volumeMounts" list -}}
+  "nodeSelector" dict "tolerations" list "volumes" list "volumeMounts" list "labels" dict -}}
 {{- $group := mustMergeOverwrite $defaults (deepCopy (index . 1)) -}}
 {{- $_ := set $group "image" (mustMergeOverwrite (deepCopy $root.Values.image) (deepCopy ($group.image | default dict))) -}}
 {{- $_ := set $group "gpu" (ne $group.resource "none") -}}
@@ -208,7 +208,7 @@ topologySpreadConstraints:
 {{- $group := include "rocyard.group" (list $ $given) | fromJson -}}
 {{- $_ := set $groups $key (dict
   "provider" "kubernetes" "devices" $group.devices "workers_min" $group.workersMin "workers_max" $group.workersMax
-  "namespace" $.Release.Namespace "workload" (printf "statefulset/%s-node-%s" $name $key)) -}}
+  "labels" $group.labels "namespace" $.Release.Namespace "workload" (printf "statefulset/%s-node-%s" $name $key)) -}}
 {{- end -}}
 {{- $own := dict
   "data_dir" "/var/lib/rocyard"
@@ -252,7 +252,7 @@ topologySpreadConstraints:
 {{- if gt (int $group.workersMin) (int $group.workersMax) -}}
 {{ fail (printf "groups.%s.workersMin is above groups.%s.workersMax" $key $key) }}
 {{- end -}}
-{{- if and (not $group.gpu) (not (regexMatch "^[0-9]+:[a-z][a-z0-9]*$" $group.devices)) -}}
+{{- if and (not $group.gpu) (not (regexMatch "^[0-9]+:[a-z][a-z0-9]*(/[a-z]+-nps[0-9])?$" $group.devices)) -}}
 {{ fail (printf "groups.%s.devices is %q, but simulated devices (resource: none) need a model, such as 2:mi300x" $key $group.devices) }}
 {{- end -}}
 {{- end -}}

@@ -7,6 +7,11 @@ local INLINE_EVENT_BYTES = 4096 -- larger results are read from the record by wh
 local EVENTS_MAX = 20000        -- a reader that is further behind looks at state instead
 local CRASHES_MAX = 3
 local LOSSES_MAX = 50
+local PRIORITY_STEP = 2 ^ 44    -- between the scores of two priorities, as manager/core/model.py has it
+local TURN_MS = SECOND          -- a slot gives way at a task boundary to those that its tenant's quota keeps waiting
+local TURN_STEP = 2 ^ 42        -- between two priorities of slots that wait for the quota; times stay below it
+local NO_TURN = 31              -- stands behind all priorities: what the slot leases is over the quota by itself
+local TURNS_MAX = 64            -- slots that are looked at when a tenant's use sinks; a beat reaches the others
 local LIVE = { QUEUED = true, RUNNING = true, RETRY_WAIT = true, BLOCKED = true }
 
 local function now_ms()
@@ -98,17 +103,91 @@ local function give_back(p, id, task, counted, now)
   return enqueue(p, id, task, now)
 end
 
+-- What a tenant has at work, and may have; a limit that is not there, or 0, is none.
+local function quota_of(p, tenant)
+  local said = redis.call('HMGET', p .. 'tn:' .. tenant, 'running', 'gpus', 'memory', 'running_max', 'gpus_max', 'memory_max')
+  local function number(at) return tonumber(said[at] or '0') end
+  local quota = { running = number(1), gpus = number(2), memory = number(3) }
+  quota.running_max, quota.gpus_max, quota.memory_max = number(4), number(5), number(6)
+  quota.bounded = quota.running_max + quota.gpus_max + quota.memory_max > 0
+  return quota
+end
+
+-- What the slot leases: devices, and memory on all of them together.
+local function size_of(p, slot, shape)
+  local said = redis.call('HMGET', p .. 's:' .. slot, 'devices', 'memory')
+  local devices = said[1] or ''
+  local gpus = devices == '' and 0 or select(2, string.gsub(devices, ',', '')) + 1
+  local memory = tonumber(said[2] or '') or cjson.decode(redis.call('HGET', p .. 'shapes', shape)).memory_bytes
+  return { gpus = gpus, memory = gpus * memory }
+end
+
+local function within(most, value) return most == 0 or value <= most end
+
+-- Whether a slot of this size may claim beside what else the tenant has at work.
+local function has_room(quota, size)
+  return within(quota.running_max, quota.running + 1) and within(quota.gpus_max, quota.gpus + size.gpus)
+    and within(quota.memory_max, quota.memory + size.memory)
+end
+
+-- Counts what a slot leases as at work, or (with no size) as at work no more. Its record says what was counted.
+local function count_work(p, tenant, slot, size, now)
+  local key = p .. 's:' .. slot
+  local gpus, memory
+  if size then
+    gpus, memory = size.gpus, size.memory
+    redis.call('HSET', key, 'gpus', gpus, 'bytes', string.format('%.0f', memory), 'since', now)
+  else
+    local said = redis.call('HMGET', key, 'gpus', 'bytes')
+    gpus, memory = 0 - tonumber(said[1]), 0 - tonumber(said[2]) -- of 0, -x would be written as -0
+    redis.call('HDEL', key, 'gpus', 'bytes', 'since')
+  end
+  redis.call('HINCRBY', p .. 'tn:' .. tenant, 'gpus', gpus)
+  redis.call('HINCRBY', p .. 'tn:' .. tenant, 'memory', string.format('%.0f', memory))
+end
+
+-- A tenant's use has sunk, or may be more: the slots that its quota keeps waiting get their turn, by the priority of what
+-- waits behind them and then by how long they have waited. The first that does not fit is not passed by those behind it.
+local function give_turns(p, tenant)
+  local key = p .. 'qw:' .. tenant
+  local waiting = redis.call('ZRANGE', key, 0, TURNS_MAX - 1, 'WITHSCORES')
+  if #waiting == 0 then return end
+  local quota = quota_of(p, tenant)
+  for i = 1, #waiting, 2 do
+    local slot = waiting[i]
+    local record = redis.call('HMGET', p .. 's:' .. slot, 'status', 'flag', 'shape', 'node')
+    if record[1] ~= 'OPEN' or (record[2] or '') ~= '' then
+      redis.call('ZREM', key, slot)
+    elseif redis.call('ZCARD', p .. 'q:' .. record[3]) == 0 then
+      redis.call('ZREM', key, slot)
+      redis.call('SADD', p .. 'idle:' .. record[3], slot)
+    else
+      local size = size_of(p, slot, record[3])
+      if has_room(quota, size) then
+        quota.running, quota.gpus, quota.memory = quota.running + 1, quota.gpus + size.gpus, quota.memory + size.memory
+        redis.call('ZREM', key, slot)
+        redis.call('HSET', p .. 's:' .. slot, 'turn', '1')
+        redis.call('PUBLISH', p .. 'wake:' .. record[4], 'work ' .. slot)
+      elseif within(quota.gpus_max, size.gpus) and within(quota.memory_max, size.memory) then
+        return
+      else -- never, with this quota: it stands in nobody's way
+        redis.call('ZADD', key, NO_TURN * TURN_STEP + tonumber(waiting[i + 1]) % TURN_STEP, slot)
+      end
+    end
+  end
+end
+
 -- Ends a slot for good: what it had claimed goes back, its id becomes a tombstone. Safe to call twice.
 local function close_slot(p, slot, reason, now)
   local key = p .. 's:' .. slot
-  local record = redis.call('HMGET', key, 'status', 'shape', 'node', 'kind')
+  local record = redis.call('HMGET', key, 'status', 'shape', 'node', 'kind', 'tenant', 'gpus', 'flag')
   if not record[1] or record[1] == 'CLOSED' then return false end
   local shape = record[2]
   local returned = 0
   for _, id in ipairs(redis.call('SMEMBERS', p .. 'run:' .. slot)) do
     local task = load_task(p, id)
     if task and task.state == 'RUNNING' and task.slot == slot then
-      give_back(p, id, task, true, now)
+      give_back(p, id, task, record[7] ~= 'preempt', now) -- the leader's own doing counts against nothing
       returned = returned + 1
     end
   end
@@ -119,6 +198,12 @@ local function close_slot(p, slot, reason, now)
   redis.call('SREM', p .. 'idle:' .. shape, slot)
   if record[3] then redis.call('SREM', p .. 'ns:' .. record[3], slot) end
   redis.call('ZADD', p .. 'tombs', now, slot)
+  if record[5] then -- else it has never asked for a task
+    redis.call('ZREM', p .. 'qw:' .. record[5], slot)
+    redis.call('HINCRBY', p .. 'tn:' .. record[5], 'running', 0 - returned)
+    if record[6] then count_work(p, record[5], slot, nil, now) end
+    give_turns(p, record[5])
+  end
   if record[4] == 'direct' then return true end -- it has no shape here
   redis.call('HSET', p .. 'sh:' .. shape, 'wake_at', '0')
   if redis.call('ZCARD', p .. 'q:' .. shape) > 0 then work_arrived(p, shape, math.max(returned, 1)) end

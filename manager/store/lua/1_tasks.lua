@@ -44,6 +44,7 @@ local function submit(keys, args)
     arrived[shape] = (arrived[shape] or 0) + 1
   end
   redis.call('HINCRBY', p .. 'tn:' .. tenant, 'active', count)
+  redis.call('SADD', p .. 'tenants', tenant)
   redis.call('HINCRBY', p .. 'counts', 'QUEUED', count)
   for i = at, first - 1, 2 do work_arrived(p, args[i], arrived[args[i]] or 0) end
   return { 'OK' }
@@ -63,7 +64,7 @@ local function crash_error(payload, crashes)
 end
 
 -- Commits one end. Returns the task's state after it, or '' for a repeat and for an attempt that was replaced.
-local function finish(p, slot, node, id, attempt, outcome, payload, age_ms, chance, now)
+local function finish(p, slot, node, flag, id, attempt, outcome, payload, age_ms, chance, now)
   local task = load_task(p, id)
   if not task or task.state ~= 'RUNNING' or task.slot ~= slot then
     redis.call('SREM', p .. 'run:' .. slot, id)
@@ -99,8 +100,9 @@ local function finish(p, slot, node, id, attempt, outcome, payload, age_ms, chan
     redis.call('HSET', key, 'alone', '1')
     return enqueue(p, id, task, now)
   end
-  -- R: never started. L, and C that nobody asked for: a loss that blames nobody.
-  return give_back(p, id, task, outcome ~= 'R', now)
+  -- R: never started. L, and C that nobody asked for: a loss that blames nobody, and is not counted where the leader has
+  -- pre-empted the slot.
+  return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', now)
 end
 
 local function claim_reply(claims, id, attempt, alone, spec)
@@ -110,9 +112,9 @@ local function claim_reply(claims, id, attempt, alone, spec)
   claims[#claims + 1] = spec
 end
 
--- Takes up to n tasks of the shape, in order. A task that must run alone comes alone.
+-- Takes up to n tasks of the shape, in order, and says which score the first had. A task that must run alone comes alone.
 local function claim(p, slot, node, shape, n, now)
-  local claims = {}
+  local claims, first = {}, nil
   local popped = redis.call('ZPOPMIN', p .. 'q:' .. shape, n)
   local enough = false
   for i = 1, #popped, 2 do
@@ -128,6 +130,7 @@ local function claim(p, slot, node, shape, n, now)
       local attempt = redis.call('HINCRBY', key, 'attempt', 1)
       redis.call('HSET', key, 'state', 'RUNNING', 'slot', slot, 'node', node, 'claimed', now)
       redis.call('SADD', p .. 'run:' .. slot, id)
+      first = first or string.format('%.0f', tonumber(popped[i + 1]))
       claim_reply(claims, id, attempt, task[2], task[3])
     end
   end
@@ -136,7 +139,7 @@ local function claim(p, slot, node, shape, n, now)
     redis.call('HINCRBY', p .. 'counts', 'QUEUED', -taken)
     redis.call('HINCRBY', p .. 'counts', 'RUNNING', taken)
   end
-  return claims
+  return claims, first
 end
 
 -- Claims of this slot that the agent does not hold: the reply that carried them was lost.
@@ -164,52 +167,114 @@ local function learn(p, shape, count, duration_ms)
   redis.call('HINCRBY', key, 'ended', count)
 end
 
+-- The tenant of a slot, from its record or, the first time, from its shape; what it held before anybody counted is counted.
+local function tenant_of(p, slot, shape, known, now)
+  if known then return known end
+  local tenant = cjson.decode(redis.call('HGET', p .. 'shapes', shape)).tenant
+  redis.call('HSET', p .. 's:' .. slot, 'tenant', tenant)
+  local held = redis.call('SCARD', p .. 'run:' .. slot)
+  if held > 0 then
+    redis.call('HINCRBY', p .. 'tn:' .. tenant, 'running', held)
+    count_work(p, tenant, slot, size_of(p, slot, shape), now)
+  end
+  return tenant
+end
+
+-- How many tasks, of up to n, the slot may claim by its tenant's quota. `ended` of its tasks have ended in this call, `work`
+-- is what is counted of it. 0: it waits until it is woken, and those that have waited for longer go first. A slot at work
+-- goes on for as long as a turn takes, unless what waits elsewhere has the higher priority.
+local function quota_allows(p, tenant, slot, shape, n, ended, work, now)
+  local quota = quota_of(p, tenant)
+  if not quota.bounded then return n end
+  local size = size_of(p, slot, shape)
+  quota.running = quota.running - ended
+  if work.gpus then quota.gpus, quota.memory = quota.gpus - work.gpus, quota.memory - work.bytes end
+  local head = redis.call('ZRANGE', p .. 'q:' .. shape, 0, 0, 'WITHSCORES')
+  if not head[1] then return n end
+  local rank = math.floor(tonumber(head[2]) / PRIORITY_STEP)
+  local key = p .. 'qw:' .. tenant
+  local ok = has_room(quota, size)
+  if ok and not work.turn then
+    local first = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+    local before = first[1] and first[1] ~= slot and math.floor(tonumber(first[2]) / TURN_STEP) or NO_TURN
+    local over = not work.gpus or now - work.since >= TURN_MS
+    ok = before > rank or (before == rank and not over)
+  end
+  if ok then
+    if quota.running_max == 0 then return n end
+    return math.min(n, quota.running_max - quota.running)
+  end
+  -- Asked again, it keeps its place, unless what waits behind it is of a higher priority now.
+  redis.call('ZADD', key, 'LT', string.format('%.0f', rank * TURN_STEP + now), slot)
+  return 0
+end
+
 -- slot, incarnation, n, then ends: (id, attempt, outcome, payload, age_ms, duration_ms, chance) …
 -- Commits all ends, then replies {word, commits, claims}: FENCED | CLOSE | DRAIN | PREEMPT | IDLE | WORK.
 -- With n = 0 it only commits. The agent calls it when it holds no claim of the slot but those that it reports.
 local function next_(keys, args)
   local p, slot, incarnation, n = keys[1], args[1], args[2], tonumber(args[3])
   local key = p .. 's:' .. slot
-  local record = redis.call('HMGET', key, 'status', 'incarnation', 'shape', 'node', 'flag', 'served', 'served_max')
+  local record = redis.call('HMGET', key, 'status', 'incarnation', 'shape', 'node', 'flag', 'served', 'served_max',
+    'tenant', 'gpus', 'bytes', 'since', 'turn', 'idle')
   if record[1] ~= 'OPEN' or record[2] ~= incarnation then return { 'FENCED', {}, {} } end
   local shape, node, flag = record[3], record[4], record[5]
   local now = now_ms()
-  local commits, ran, ran_ms, requeued = {}, 0, 0, 0
+  local tenant = tenant_of(p, slot, shape, record[8], now)
+  if not record[8] then
+    for i, counted in ipairs(redis.call('HMGET', key, 'gpus', 'bytes', 'since')) do record[8 + i] = counted end
+  end
+  local commits, ended, ran, ran_ms, requeued = {}, 0, 0, 0, 0
   for i = 4, #args, 7 do
-    local status = finish(p, slot, node, args[i], args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 6], now)
+    local status = finish(p, slot, node, flag, args[i], args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 6], now)
     commits[#commits + 1] = status
     if status == 'QUEUED' then requeued = requeued + 1 end
+    if status ~= '' then ended = ended + 1 end
     -- A repeat is neither served nor learned from again.
     if status ~= '' and args[i + 5] ~= '' then ran = ran + 1; ran_ms = ran_ms + tonumber(args[i + 5]) end
   end
   learn(p, shape, ran, ran_ms)
   local served = tonumber(record[6] or '0')
   if ran > 0 then served = redis.call('HINCRBY', key, 'served', ran) end
-  local function reply(word, claims)
-    local left = requeued - #claims / 4 -- what came back and is not taken here is work for others
+  -- The one way out: counts what the tenant has at work, and wakes who may go on instead.
+  local function reply(word, claims, working)
+    local taken = word == 'WORK' and working ~= 'again' and #claims / 4 or 0
+    if taken ~= ended then redis.call('HINCRBY', p .. 'tn:' .. tenant, 'running', taken - ended) end
+    if working and not record[9] then count_work(p, tenant, slot, size_of(p, slot, shape), now) end
+    if record[9] and not working then count_work(p, tenant, slot, nil, now) end
+    if record[12] and n > 0 then redis.call('HDEL', key, 'turn') end
+    if taken < ended or (n > 0 and not working) then give_turns(p, tenant) end
+    local left = requeued - taken -- what came back and is not taken here is work for others
     if left > 0 then work_arrived(p, shape, left) end
     return { word, commits, claims }
   end
-  if n == 0 then return reply('OK', {}) end
+  if n == 0 then return reply('OK', {}, redis.call('SCARD', p .. 'run:' .. slot) > 0) end
   local lost = redeliver(p, slot)
-  if #lost > 0 then return { 'WORK', commits, lost } end
+  if #lost > 0 then return reply('WORK', lost, 'again') end
   local served_max = tonumber(record[7] or '0')
   local word = (flag and flag ~= '') and string.upper(flag) or (served_max > 0 and served >= served_max) and 'CLOSE'
   if word then
     redis.call('SREM', p .. 'idle:' .. shape, slot) -- it will take nothing: nobody may wake it instead of another
+    redis.call('ZREM', p .. 'qw:' .. tenant, slot)
     return reply(word, {})
   end
   if served_max > 0 then n = math.min(n, served_max - served) end
-  local claims = claim(p, slot, node, shape, n, now)
+  local work = { gpus = tonumber(record[9] or ''), bytes = tonumber(record[10] or ''), since = tonumber(record[11] or ''),
+    turn = record[12] }
+  local allowed = quota_allows(p, tenant, slot, shape, n, ended, work, now)
+  local claims, first = {}, nil
+  if allowed > 0 then claims, first = claim(p, slot, node, shape, allowed, now) end
   if #claims == 0 then
-    redis.call('SADD', p .. 'idle:' .. shape, slot)
-    redis.call('HSET', key, 'idle', now)
+    -- One that the quota keeps waiting is woken by that: work that comes has nothing of it.
+    redis.call(allowed > 0 and 'SADD' or 'SREM', p .. 'idle:' .. shape, slot)
+    if allowed > 0 or (record[13] or '') == '' then redis.call('HSET', key, 'idle', now) end
     if tonumber(redis.call('HGET', p .. 'leader', 'held') or '0') > 0 then ask_for_plan(p, shape) end
-    return { 'IDLE', commits, {} }
+    return reply('IDLE', {})
   end
   redis.call('SREM', p .. 'idle:' .. shape, slot)
-  redis.call('HSET', key, 'idle', '')
-  return reply('WORK', claims)
+  if (record[13] or '') ~= '' then redis.call('ZREM', p .. 'qw:' .. tenant, slot) end
+  redis.call('HSET', key, 'idle', '', 'score', first)
+  return reply('WORK', claims, true)
 end
 
 -- A task that runs for much longer than its shape's tasks are known to is news: the shape's run time is unknown again, and
@@ -292,9 +357,57 @@ local function due(keys, args)
   return { #ids, math.max(0, math.floor(tonumber(following[2]) - now)) }
 end
 
+local AGE_MISSES_MAX = 8 -- tasks of one priority that are too young before the rest is taken to be so: they stand by age
+
+-- The highest priority that waits in one of these shapes by itself, not by its age; as a rank, lower is higher.
+local function highest_rank(p, args, first)
+  local highest = NO_TURN
+  for i = first, #args do
+    local head = redis.call('ZRANGE', p .. 'q:' .. args[i], 0, 0, 'WITHSCORES')
+    if head[1] and not redis.call('HGET', p .. 't:' .. head[1], 'rose') then
+      highest = math.min(highest, math.floor(tonumber(head[2]) / PRIORITY_STEP))
+    end
+  end
+  return highest
+end
+
+-- token, ms, limit, shapes …: each task that has waited for so long since it came, or since it rose last, rises by one
+-- priority, among the others of that by its sequence; but not over the highest that waits in any of the shapes: where all
+-- are alike, age is no reason to take more than one's share. At most so many; returns how many have risen.
+local function age(keys, args)
+  local p, ms, limit = keys[1], tonumber(args[2]), tonumber(args[3])
+  if not leads(p, args[1]) then return -1 end
+  local now, risen = now_ms(), 0
+  local lower = string.format('%.0f', (highest_rank(p, args, 4) + 1) * PRIORITY_STEP)
+  for i = 4, #args do
+    local queue, from = p .. 'q:' .. args[i], lower
+    while risen < limit do
+      local first = redis.call('ZRANGEBYSCORE', queue, from, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+      if not first[1] then break end
+      local rank = math.floor(tonumber(first[2]) / PRIORITY_STEP)
+      from = string.format('%.0f', (rank + 1) * PRIORITY_STEP)
+      local misses = 0
+      for _, id in ipairs(redis.call('ZRANGEBYSCORE', queue, first[2], '(' .. from, 'LIMIT', 0, limit - risen)) do
+        local task = redis.call('HMGET', p .. 't:' .. id, 'queued', 'rose', 'score')
+        if now - math.max(tonumber(task[1]), tonumber(task[2] or '0')) >= ms then
+          local score = string.format('%.0f', tonumber(task[3]) - PRIORITY_STEP)
+          redis.call('HSET', p .. 't:' .. id, 'score', score, 'rose', now)
+          redis.call('ZADD', queue, score, id)
+          risen = risen + 1
+        else
+          misses = misses + 1
+          if misses == AGE_MISSES_MAX then break end
+        end
+      end
+    end
+  end
+  return risen
+end
+
 redis.register_function('ry_submit', submit) -- no allow-oom: a full store must refuse new work
 redis.register_function { function_name = 'ry_next', callback = next_, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_started', callback = started, flags = { 'allow-oom' } }
 redis.register_function('ry_log', keep_log)
 redis.register_function { function_name = 'ry_cancel', callback = cancel, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_due', callback = due, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_age', callback = age, flags = { 'allow-oom' } }

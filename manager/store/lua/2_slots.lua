@@ -25,8 +25,25 @@ local function is_cordoned(p, node)
   return (redis.call('HGET', p .. 'n:' .. node, 'cordon') or '') ~= ''
 end
 
--- slot, node, incarnation, devices: OK, ADOPTED (the same incarnation again), FENCED, or REFUSED. A slot that comes to a
--- node which was cordoned while it was on its way ends here, so that its shape is planned anew, under another id.
+local LEARNED_MS = 86400 * SECOND -- what a shape has learned of its memory holds for a day after it was last seen to be so
+
+-- Bytes on each device that a slot of the shape is to lease by what others of it have used; 0: what was asked for will do.
+local function learned_of(p, shape, now)
+  local said = redis.call('HMGET', p .. 'sh:' .. shape, 'learned', 'learned_at')
+  if not said[1] or now - tonumber(said[2]) > LEARNED_MS then return 0 end
+  return tonumber(said[1])
+end
+
+-- What a slot has, as arguments say it: devices, memory on each, share of each and CPU in thousandths, memory of the host,
+-- exclusive ("1" or ""), model. An older agent says less.
+local function write_grant(key, args)
+  redis.call('HSET', key, 'devices', args[4], 'memory', args[5] or '', 'share', args[6] or '', 'cpu', args[7] or '',
+    'host', args[8] or '', 'exclusive', args[9] or '', 'model', args[10] or '')
+end
+
+-- slot, node, incarnation, grant (see write_grant): OK, ADOPTED (the same incarnation again), FENCED, or REFUSED. A slot
+-- that comes to a node which was cordoned while it was on its way, or with less memory than its shape has learned since,
+-- ends here, so that its shape is planned anew, under another id.
 local function open(keys, args)
   local p, slot, node, incarnation = keys[1], args[1], args[2], args[3]
   if not node_holds(p, node, incarnation) then return { 'FENCED' } end
@@ -41,13 +58,18 @@ local function open(keys, args)
     close_slot(p, slot, 'Cordoned', now_ms())
     return { 'REFUSED' }
   end
-  redis.call('HSET', key, 'status', 'OPEN', 'node', node, 'incarnation', incarnation, 'devices', args[4],
-    'opened', now_ms(), 'idle', '')
+  local now = now_ms()
+  if args[5] and tonumber(args[5]) < learned_of(p, shape, now) then
+    close_slot(p, slot, 'TooSmall', now)
+    return { 'REFUSED' }
+  end
+  redis.call('HSET', key, 'status', 'OPEN', 'node', node, 'incarnation', incarnation, 'opened', now, 'idle', '')
+  write_grant(key, args)
   redis.call('SADD', p .. 'ns:' .. node, slot)
   return { 'OK', shape, blob }
 end
 
--- slot, node, incarnation, devices, memory (bytes on each): the agent has taken a Dask task of somebody's.
+-- slot, node, incarnation, grant (see write_grant): the agent has taken a Dask task of somebody's.
 -- OK, ADOPTED, FENCED, REFUSED, or CORDONED.
 local function open_direct(keys, args)
   local p, slot, node, incarnation = keys[1], args[1], args[2], args[3]
@@ -59,8 +81,8 @@ local function open_direct(keys, args)
   if is_cordoned(p, node) then return 'CORDONED' end
   local now = now_ms()
   redis.call('HSET', key, 'status', 'OPEN', 'kind', 'direct', 'shape', '', 'node', node, 'incarnation', incarnation,
-    'devices', args[4], 'memory', args[5], 'requested', now, 'opened', now, 'idle', '', 'served', 0, 'served_max', 0,
-    'flag', '')
+    'requested', now, 'opened', now, 'idle', '', 'served', 0, 'served_max', 0, 'flag', '')
+  write_grant(key, args)
   redis.call('SADD', p .. 'slots', slot)
   redis.call('SADD', p .. 'ns:' .. node, slot)
   return 'OK'
@@ -72,6 +94,38 @@ local function close(keys, args)
   local record = redis.call('HMGET', p .. 's:' .. slot, 'status', 'incarnation')
   if record[2] ~= args[2] then return 'FENCED' end
   close_slot(p, slot, args[3], now_ms())
+  return 'OK'
+end
+
+-- incarnation, then (slot, peak, learned) …: the most bytes of a device that each slot was seen to use; and what slots of
+-- its shape are to lease from now on, where that is more than was asked for, else 0. Slots of the shape that lease less
+-- take nothing more: what failed in one of them may be tried again.
+local function memory(keys, args)
+  local p, now = keys[1], now_ms()
+  for i = 2, #args, 3 do
+    local record = redis.call('HMGET', p .. 's:' .. args[i], 'status', 'incarnation', 'shape', 'kind')
+    if record[1] == 'OPEN' and record[2] == args[1] and record[4] ~= 'direct' then
+      local shape, learned = record[3], tonumber(args[i + 2])
+      local key = p .. 'sh:' .. shape
+      local peak = tonumber(redis.call('HGET', key, 'peak') or '0')
+      if tonumber(args[i + 1]) > peak then redis.call('HSET', key, 'peak', args[i + 1]) end
+      local known = learned_of(p, shape, now)
+      if learned > 0 then
+        redis.call('HSET', key, 'learned', string.format('%.0f', math.max(known, learned)), 'learned_at', now)
+      end
+      if learned > known then
+        for _, slot in ipairs(redis.call('SMEMBERS', p .. 'ss:' .. shape)) do
+          local other = redis.call('HMGET', p .. 's:' .. slot, 'status', 'memory', 'flag', 'node')
+          if other[1] == 'OPEN' and (tonumber(other[2] or '') or 0) < learned and (other[3] or '') == '' then
+            redis.call('HSET', p .. 's:' .. slot, 'flag', 'drain')
+            redis.call('SREM', p .. 'idle:' .. shape, slot)
+            redis.call('PUBLISH', p .. 'wake:' .. other[4], 'flag ' .. slot)
+          end
+        end
+        ask_for_plan(p, shape)
+      end
+    end
+  end
   return 'OK'
 end
 
@@ -320,6 +374,23 @@ local function planned(keys, args)
   return 'OK'
 end
 
+-- token, tenants n, n × (tenant, running_max, gpus_max, memory_max, weight, vtime), then (shape, vtime) …: what each tenant
+-- may have at work (0: no limit), and what it and its shapes have had. A higher limit wakes who waited for it.
+local function shares(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1]) then return 'STALE' end
+  local first = 3 + 6 * tonumber(args[2])
+  for i = 3, first - 1, 6 do
+    redis.call('HSET', p .. 'tn:' .. args[i], 'running_max', args[i + 1], 'gpus_max', args[i + 2], 'memory_max', args[i + 3],
+      'weight', args[i + 4], 'vtime', args[i + 5])
+    give_turns(p, args[i])
+  end
+  for i = first, #args, 2 do
+    if redis.call('SISMEMBER', p .. 'active', args[i]) == 1 then redis.call('HSET', p .. 'sh:' .. args[i], 'vtime', args[i + 1]) end
+  end
+  return 'OK'
+end
+
 -- token, ok or down: whether the leader reaches the Dask scheduler.
 local function reached(keys, args)
   local p = keys[1]
@@ -340,10 +411,11 @@ local function warm(keys, args)
   return 'OK'
 end
 
--- shapes …: their idle slots are to close, and no more are kept warm.
+-- shapes …: their idle slots are to close, no more are kept warm, and what was learned of their memory is forgotten.
 local function unload(keys, args)
   local p, now = keys[1], now_ms()
   for _, shape in ipairs(args) do
+    redis.call('HDEL', p .. 'sh:' .. shape, 'learned', 'learned_at', 'peak')
     if redis.call('SISMEMBER', p .. 'active', shape) == 1 then
       redis.call('HDEL', p .. 'sh:' .. shape, 'warm', 'warm_until')
       redis.call('HSET', p .. 'sh:' .. shape, 'unload', now)
@@ -405,6 +477,7 @@ end
 redis.register_function { function_name = 'ry_request', callback = request, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_open', callback = open, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_open_direct', callback = open_direct, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_memory', callback = memory, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_cordon', callback = cordon, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_warm', callback = warm }
 redis.register_function { function_name = 'ry_unload', callback = unload, flags = { 'allow-oom' } }
@@ -420,5 +493,6 @@ redis.register_function { function_name = 'ry_lost', callback = lost, flags = { 
 redis.register_function { function_name = 'ry_leave', callback = leave, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_lead', callback = lead, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_planned', callback = planned, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_shares', callback = shares, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_reached', callback = reached, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_sweep', callback = sweep, flags = { 'allow-oom' } }

@@ -1,7 +1,7 @@
 -- Snapshots: what controller and API look at. They change nothing but the marks that belong to looking.
 
 local SLOT_FIELDS = { 'shape', 'status', 'node', 'incarnation', 'devices', 'flag', 'requested', 'opened', 'idle', 'served',
-  'token', 'kind', 'memory' }
+  'token', 'kind', 'memory', 'share', 'cpu', 'host', 'exclusive', 'model', 'score' }
 
 local function slots_of(p)
   local slots = {}
@@ -19,20 +19,41 @@ local function queues_of(p, looked, now)
   local queues = {}
   for _, shape in ipairs(redis.call('SMEMBERS', p .. 'active')) do
     local depth = redis.call('ZCARD', p .. 'q:' .. shape)
-    local said = redis.call('HMGET', p .. 'sh:' .. shape, 'run_ms', 'unload', 'warm', 'warm_until')
+    local said = redis.call('HMGET', p .. 'sh:' .. shape, 'run_ms', 'unload', 'warm', 'warm_until', 'peak', 'vtime')
     local warm = (tonumber(said[4] or '0') or 0) > now and tonumber(said[3]) or 0
     if looked and depth == 0 and warm == 0 and redis.call('SCARD', p .. 'ss:' .. shape) == 0 then
       redis.call('SREM', p .. 'active', shape)
-      redis.call('HDEL', p .. 'sh:' .. shape, 'asked', 'wake_at', 'unload', 'warm', 'warm_until')
+      redis.call('HDEL', p .. 'sh:' .. shape, 'asked', 'wake_at', 'unload', 'warm', 'warm_until', 'vtime')
     else
       if looked then redis.call('HDEL', p .. 'sh:' .. shape, 'asked') end
       local head = redis.call('ZRANGE', p .. 'q:' .. shape, 0, 0, 'WITHSCORES')
       local queued = head[1] and redis.call('HGET', p .. 't:' .. head[1], 'queued') or ''
       queues[#queues + 1] = { shape, redis.call('HGET', p .. 'shapes', shape) or '', depth, head[2] or '', queued,
-        said[1] or '', warm, said[2] or '' }
+        said[1] or '', warm, said[2] or '', learned_of(p, shape, now), said[5] or '',
+        said[6] or '' }
     end
   end
   return queues
+end
+
+local TENANT_FIELDS = { 'gpus', 'memory', 'running', 'active', 'gpus_max', 'memory_max', 'running_max', 'weight', 'vtime' }
+
+-- Tenants with tasks that are not finished. One that has none any more is forgotten by the leader, and its past with it.
+local function tenants_of(p, looked)
+  local tenants = {}
+  for _, tenant in ipairs(redis.call('SMEMBERS', p .. 'tenants')) do
+    local key = p .. 'tn:' .. tenant
+    local row = redis.call('HMGET', key, unpack(TENANT_FIELDS))
+    if looked and tonumber(row[4] or '0') == 0 then
+      redis.call('SREM', p .. 'tenants', tenant)
+      redis.call('HDEL', key, 'vtime')
+    else
+      for i = 1, #TENANT_FIELDS do row[i] = row[i] or '' end
+      table.insert(row, 1, tenant)
+      tenants[#tenants + 1] = row
+    end
+  end
+  return tenants
 end
 
 local NODE_FIELDS = { 'incarnation', 'beat', 'info', 'fenced', 'left', 'registered', 'cordon', 'cordon_by', 'cordoned',
@@ -52,13 +73,13 @@ local function nodes_of(p)
 end
 
 -- look ("1": the controller, which takes note of what asked for it; "0": anybody): {now, queues, slots, nodes, refused nodes
--- with when and why, whether the leader reaches Dask and since when}.
+-- with when and why, whether the leader reaches Dask and since when, tenants}.
 local function state(keys, args)
   local p = keys[1]
   local now = now_ms()
   local dask = redis.call('HMGET', p .. 'leader', 'dask', 'dask_since')
   return { now, queues_of(p, args[1] == '1', now), slots_of(p), nodes_of(p), redis.call('HGETALL', p .. 'refused'),
-    { dask[1] or '', dask[2] or '' } }
+    { dask[1] or '', dask[2] or '' }, tenants_of(p, args[1] == '1') }
 end
 
 local LIST_FIELDS = { 'state', 'function', 'attempt', 'shape', 'node', 'created', 'queued', 'started', 'finished',

@@ -28,6 +28,7 @@ from manager.core.devices import (
 )
 from plugins.node.devices.identity import Identity, Key, keys_of
 from plugins.node.devices.interface import DeviceError, driver_pids_are_ours, visibility
+from plugins.node.devices.pools import memory_of
 
 _NOT_SUPPORTED: Final = frozenset({2, 3})
 _NO_PERMISSION: Final = 10
@@ -139,18 +140,21 @@ class AmdSource:
         asic = self._answer("amdsmi_get_gpu_asic_info", handle) or {}
         architecture = _text(asic.get("target_graphics_version"))
         total = self._ask("amdsmi_get_gpu_memory_total", handle, self._amdsmi.AmdSmiMemoryType.VRAM)
+        model = _text(asic.get("market_name")) or "AMD GPU"
+        memory = memory_of(identity, key, model, memory_total(total))
         device = Device(
             uuid=key.uuid,
             index=index,
             vendor="amd",
-            model=_text(asic.get("market_name")) or "AMD GPU",
+            model=model,
             architecture=architecture if _ARCHITECTURE.fullmatch(architecture) else "",
-            memory_bytes=memory_total(total),
+            memory_bytes=memory.total_bytes,
             visible_id=key.visible_id,
             bdf=identity.bdf,
             partition=key.partition,
+            pool=memory.pool,
         )
-        problem = total.text if isinstance(total, _Failure) else key.problem
+        problem = total.text if isinstance(total, _Failure) else memory.problem
         return _Logical(handle, device, identity.partition_id, problem)
 
     def _raw(self, each: _Logical) -> RawReading:

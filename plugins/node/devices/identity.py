@@ -1,7 +1,7 @@
 """Names for AMD's devices: unique on the node, stable over restarts, also where one GPU is split into several.
 
 Pure. What a driver tells of identity differs by version and mode: the unique id may be missing, unpadded or shared by
-all partitions of a GPU. What could not be tried on hardware is refused rather than guessed (see `Key.problem`).
+all partitions of a GPU. Which memory they have is `plugins.node.devices.pools`'.
 """
 
 import re
@@ -14,7 +14,6 @@ import msgspec
 from manager.core.devices import NAMELESS
 
 _UNIQUE_ID: Final = re.compile(r"(?:GPU-)?(?:0x)?0*([0-9a-f]{1,16})", re.IGNORECASE)
-_MEMORY_MODE: Final = re.compile(r"NPS([0-9]{1,2})", re.IGNORECASE)
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -49,13 +48,15 @@ class Key(msgspec.Struct, frozen=True):
 
     Attributes:
         uuid, visible_id, partition: as in `manager.core.devices.Device`.
-        problem: why the device must not be used; empty if it may.
+        gpu: names the physical device, as do all its partitions.
+        siblings: how many logical devices of it are shown.
     """
 
     uuid: str
     visible_id: str
     partition: str
-    problem: str = ""
+    gpu: str
+    siblings: int
 
 
 def unique_id_text(text: str) -> str:
@@ -84,19 +85,8 @@ def keys_of(identities: Sequence[Identity]) -> tuple[Key, ...]:
                 uuid=name,
                 visible_id=base if by_id else str(position if each.hip_id is None else each.hip_id),
                 partition=f"{each.compute or '?'}/{each.memory or '?'}/{each.partition_id}" if split else "",
-                problem=_sharing_problem(siblings[gpu], each),
+                gpu=gpu,
+                siblings=siblings[gpu],
             )
         )
     return tuple(keys)
-
-
-def _sharing_problem(siblings: int, each: Identity) -> str:
-    """Whether several logical devices draw from one pool of memory: then each would be promised all of it."""
-    mode = _MEMORY_MODE.fullmatch(each.memory)
-    pools = int(mode.group(1)) if mode else 1
-    if siblings <= pools:
-        return ""
-    return (
-        f"{siblings} logical devices share {pools} pool(s) of memory ({each.compute or '?'}/{each.memory or '?'}), "
-        "which is not supported: use SPX, or as many memory as compute partitions"
-    )

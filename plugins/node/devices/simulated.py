@@ -33,7 +33,7 @@ class DeviceFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     Attributes:
         missing: it has fallen off the bus.
         error: every call for it fails with this text.
-        foreign_bytes: memory held by processes that are not seen.
+        foreign_bytes: memory held by processes that are not seen; of the whole pool, where it shares its memory.
         used_bytes, utilisation_percent, temperature_celsius, power_watts: what the driver says instead, right or wrong.
         processes_hidden: the driver does not tell who holds memory.
     """
@@ -96,7 +96,7 @@ class SimulatedSource:
         """See `DeviceSource`."""
         faults = self._faults()
         holds = holds_of(self._directory)
-        return tuple(reading_of(each, self._raw(each, _fault_of(faults, each), holds)) for each in self._devices)
+        return tuple(reading_of(each, self._raw(each, faults, holds)) for each in self._devices)
 
     def visibility(self, devices: Sequence[Device]) -> dict[str, str]:
         """See `DeviceSource`."""
@@ -129,16 +129,20 @@ class SimulatedSource:
         except (OSError, msgspec.DecodeError) as error:
             raise DeviceError(f"{path} cannot be understood: {error}") from error
 
-    def _raw(self, device: Device, fault: DeviceFault, holds: Sequence[ProcessHold]) -> RawReading:
-        own = tuple((each.pid, each.memory_bytes) for each in holds if each.uuid == device.uuid)
-        used = sum(size for _, size in own) + fault.foreign_bytes
+    def _raw(self, device: Device, faults: Faults, holds: Sequence[ProcessHold]) -> RawReading:
+        fault = _fault_of(faults, device)
+        own = any(each.uuid == device.uuid for each in holds)
+        sharing = [each for each in self._node.devices if each.pool_key == device.pool_key]
+        # As drivers do, a device tells of all that use its memory, also through another device that shares it.
+        those = tuple((each.pid, each.memory_bytes) for each in holds if each.uuid in {other.uuid for other in sharing})
+        used = sum(size for _, size in those) + sum(_fault_of(faults, each).foreign_bytes for each in sharing)
         share = _BUSY_SHARE_OF_POWER if own else _IDLE_SHARE_OF_POWER
         return RawReading(
             used_bytes=_either(fault.used_bytes, used),
             utilisation_percent=_either(fault.utilisation_percent, 100 if own else 0),
             temperature_celsius=_either(fault.temperature_celsius, _BUSY_CELSIUS if own else _IDLE_CELSIUS),
             power_watts=_either(fault.power_watts, self._node.power_watts * share),
-            processes=None if fault.processes_hidden else own,
+            processes=None if fault.processes_hidden else those,
             error="the device is gone" if fault.missing else fault.error,
         )
 

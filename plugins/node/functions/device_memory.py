@@ -154,17 +154,29 @@ def _require_room(directory: Path, uuids: tuple[str, ...], more_bytes: int) -> N
         raise DeviceMemoryError(f"{directory}/devices.json cannot be read: {error}") from error
     devices = {str(device["uuid"]): device for device in described}
     faults = _device_faults(directory)
+    pools: dict[str, int] = {}
     for uuid in uuids:
         device = devices.get(uuid)
         fault = {} if device is None else faults.get(uuid, faults.get(str(device["index"]), {}))
         if device is None or fault.get("missing") or fault.get("error"):
             raise DeviceMemoryError(f"device {uuid} does not answer")
-        used = sum(each.memory_bytes for each in holds if each.uuid == uuid) + int(fault.get("foreign_bytes", 0))
-        if used + more_bytes > device["memory_bytes"]:
+        pool = _pool_of(device)
+        pools[pool] = pools.get(pool, 0) + more_bytes
+    for pool, asked_bytes in pools.items():
+        sharing = {uuid: device for uuid, device in devices.items() if _pool_of(device) == pool}
+        used = sum(each.memory_bytes for each in holds if each.uuid in sharing)
+        for uuid, device in sharing.items():
+            used += int(faults.get(uuid, faults.get(str(device["index"]), {})).get("foreign_bytes", 0))
+        total = next(iter(sharing.values()))["memory_bytes"]
+        if used + asked_bytes > total:
             raise DeviceMemoryError(
-                f"out of device memory on {uuid}: {more_bytes} bytes asked, "
-                f"{max(0, device['memory_bytes'] - used)} of {device['memory_bytes']} free"
+                f"out of device memory on {pool}: {asked_bytes} bytes asked, {max(0, total - used)} of {total} free"
             )
+
+
+def _pool_of(device: dict[str, Any]) -> str:
+    """Names the memory of a described device, which it may share."""
+    return str(device.get("pool") or device["uuid"])
 
 
 def _device_faults(directory: Path) -> dict[str, Any]:

@@ -43,6 +43,17 @@ def until(path: str, gate: str) -> str:
     return os.environ["ROCYARD_TASK_ID"]
 
 
+def greedy(memory_bytes: int, seconds: float) -> str:
+    """Take so much of each of its devices for a while, whatever was asked for."""
+    from plugins.node.functions import device_memory
+
+    with device_memory.hold(memory_bytes):
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(left)
+    return os.environ["ROCYARD_TASK_ID"]
+
+
 def segfault(path: str) -> None:
     """Read address 0."""
     _note(path, event="start", memory_bytes=0)
