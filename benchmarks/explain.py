@@ -24,7 +24,7 @@ import time
 import httpx
 import msgspec
 
-from manager.api.serve import bind, build_server, url_of
+from manager.api.serve import bind, build_server, keep_for_good, url_of
 from manager.api.watch import FRESH_S
 from manager.core.devices import MODELS, Device
 from manager.core.functions import PublishedFunction, encode_published
@@ -136,6 +136,7 @@ async def measure(url: str, args: argparse.Namespace) -> list[Timed]:
     settings = msgspec.structs.replace(settings, store=msgspec.structs.replace(settings.store, url=Secret(url)))
     listener = bind("127.0.0.1", 0)
     server = build_server(settings, listener)
+    keep_for_good()  # as the API's process does
     running = asyncio.create_task(server.run_until_stopped())
     while not server.started:  # noqa: ASYNC110 -- the server has no event for it
         await asyncio.sleep(0.01)

@@ -156,6 +156,7 @@ class Controller:
             # Before anything is placed: a scheduler that has just started knows of no cordon.
             await self.dask.tell(news_of(state))
             on_dask, workers = await self.dask.slots()
+            await self._pass_mix(state)
             self._needs.show(state, self.dask.direct, self.leadership.token, time.monotonic())
             dropped = await self._repair(state, on_dask)
             planned = await self._plan(state, on_dask, dropped)
@@ -196,6 +197,16 @@ class Controller:
                 log.warning("node_lost", node=row.node, incarnation=row.incarnation, silent_s=silent_s, slots=slots)
                 self._wake.set()
         self._watch.keep(row.node for row in state.nodes)
+
+    async def _pass_mix(self, state: ClusterState) -> None:
+        """What the scheduler has learned of requests goes into the store; one that has just started is given it back."""
+        mix = self.dask.mix
+        if mix is None:
+            return
+        if mix.revision:
+            await self.store.put_mix(self.leadership.token, mix)
+        elif state.mix.revision:
+            await self.dask.tell(news_of(state, with_mix=True))  # before anything is submitted to it anew
 
     async def _note_dask(self, state: ClusterState, *, reached: bool) -> None:
         """Say in the store whether Dask is there, for `rocyard status`; only where that has changed."""

@@ -16,6 +16,7 @@ from distributed import Client, Security, fire_and_forget
 
 from manager.core.addresses import in_url
 from manager.core.keys import SLOT_TASK_PREFIX
+from manager.core.mix import Mix, mix_from
 from manager.core.news import News, encode_news
 from manager.core.packing import DirectDemand
 from manager.core.shapes import Grant, Resources, Shape, encode_shape
@@ -54,6 +55,7 @@ class DaskSide:
         self.run_slot = run_slot
         self.files = files
         self.direct: tuple[DirectDemand, ...] = ()
+        self.mix: Mix | None = None  # of requests, where it is not the one that the scheduler was told to be known
         self._client: Client | None = None
 
     async def _connected(self) -> Client:
@@ -101,6 +103,7 @@ class DaskSide:
         answer = await self._call("rocyard_slots")
         rows = [(msgspec.convert(row["resources"], Resources), row["count"]) for row in answer["direct"]]
         self.direct = tuple(DirectDemand(needs.memory_bytes, needs.gpus, count, needs) for needs, count in rows)
+        self.mix = mix_from(answer.get("mix"))
         return {slot: SlotOnDask(*known) for slot, known in answer["slots"].items()}, dict(answer["nodes"])
 
     async def submit(self, slot_id: str, shape: Shape, node: str, resources: Resources | None = None) -> None:

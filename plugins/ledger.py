@@ -128,7 +128,8 @@ class Ledger:
     def ask(self, request: SlotRequest, now_s: float) -> None:
         """A slot is to be placed."""
         self.requests[request.slot_id] = request
-        self.mix.note(request.resources)
+        if not request.node:  # one that has lived before was counted then
+            self.mix.note(request.resources)
         self._hold(request.slot_id, now_s)
 
     def hold(self, slot_id: str, now_s: float) -> None:
@@ -230,11 +231,20 @@ class Ledger:
             if slot_id in index.grants and index.grants[slot_id] != grant:
                 index.free(slot_id, now_s)
             index.lease(slot_id, grant, now_s)
+        self._leave_room_of_other_places(report.node, now_s)
         self._sort((*self._alone(), *live), now_s)
         # `lost` stays: an incarnation that the leader has fenced may register before it has learned of that.
-        view = index.nodes[report.node]
-        view.reachable = True
+        index.mark(report.node, reachable=True)
         self._note_cordon(report.node, there=report.cordoned)
+
+    def _leave_room_of_other_places(self, node: str, now_s: float) -> None:
+        """The node may be called otherwise than before: who must go to what it was called has no room kept there."""
+        names = self.names[node]
+        for slot_id in [slot_id for slot_id, kept in self.reserved.items() if kept.node == node]:
+            places = self.requests[slot_id].places
+            if places and places.isdisjoint(names):
+                self._unkeep(slot_id)
+                self._sort([slot_id], now_s)
 
     def cordon(self, nodes: frozenset[str]) -> None:
         """The leader says on which nodes nothing new may be placed."""
@@ -245,13 +255,12 @@ class Ledger:
     def _note_cordon(self, node: str, *, there: bool) -> None:
         """A node is cordoned if the leader or its own agent says so: who is told first depends."""
         (self._cordoned_there.add if there else self._cordoned_there.discard)(node)
-        if (view := self.index.nodes.get(node)) is not None:
-            view.cordoned = there or node in self._cordoned
+        self.index.mark(node, cordoned=there or node in self._cordoned)
 
     def unreachable(self, node: str, now_s: float) -> None:
         """The node has no Dask worker now. Its leases stay."""
-        if (view := self.index.nodes.get(node)) is not None:
-            view.reachable = False
+        if node in self.index.nodes:
+            self.index.mark(node, reachable=False)
             self._away_s[node] = now_s
 
     def left(self, nodes: Iterable[str], now_s: float) -> None:
@@ -295,7 +304,7 @@ class Ledger:
         """The leader has ended all slots of this incarnation in the store: nothing more is placed there."""
         view = self.index.nodes.get(node)
         if view is not None and view.incarnation == incarnation:
-            view.lost = True
+            self.index.mark(node, lost=True)
             self.closed(self.index.slots_on(node), now_s)
 
     def where(self, slot_id: str, now_s: float) -> str:

@@ -249,8 +249,8 @@ class PlacementPlugin(SchedulerPlugin):
     def _see_status(self, node: str) -> None:
         """A worker that closes, or is paused, takes no tasks: nothing is placed there."""
         worker = self.scheduler.workers.get(self.addresses.get(node, ""))
-        if worker is not None and (view := self.ledger.index.nodes.get(node)) is not None:
-            view.reachable = worker in self.scheduler.running
+        if worker is not None:
+            self.ledger.index.mark(node, reachable=worker in self.scheduler.running)
 
     def _grant(self, assignment: Assignment, recommendations: Recs) -> None:
         key = self._key_of(assignment.slot_id)
@@ -313,7 +313,7 @@ class PlacementPlugin(SchedulerPlugin):
         Returns:
             ``slots``: every slot known here, as slot → [state, node] with the states of `Ledger.where`; of Dask tasks
             only those with a lease. ``nodes``: each node's address. ``direct``: how many Dask tasks wait for room, by
-            what they need (`DirectWaiting`).
+            what they need (`DirectWaiting`). ``mix``: what was learned of requests (`Mix`), where the store has another.
         """
         ledger, now_s = self.ledger, time.monotonic()
         slots: dict[str, list[str]] = {slot: ["leased", grant.node] for slot, grant in ledger.index.grants.items()}
@@ -324,7 +324,9 @@ class PlacementPlugin(SchedulerPlugin):
             elif grant is not None:
                 slots[slot_id] = [ledger.where(slot_id, now_s), grant.node]
         direct = [msgspec.to_builtins(row) for row in ledger.direct_waiting(now_s)[:SIZES_MAX]]
-        return {"slots": slots, "nodes": dict(self.addresses), "direct": direct}
+        told = ledger.mix.told
+        mix = None if told.revision == self.news.mix_known else msgspec.to_builtins(told)
+        return {"slots": slots, "nodes": dict(self.addresses), "direct": direct, "mix": mix}
 
     async def rpc_lost(self, node: str, incarnation: str) -> str:
         """The leader has declared an incarnation dead, and ended its slots in the store."""
@@ -362,6 +364,7 @@ class PlacementPlugin(SchedulerPlugin):
         self.news = decode_news(news)
         self.ledger.cordon(frozenset(self.news.cordoned))
         self.ledger.left(self.news.left, time.monotonic())
+        self.ledger.mix.resume(self.news.mix)
         self.ask_pump()
         return "OK"
 

@@ -21,7 +21,7 @@ from manager.api.submissions import submission_of
 from manager.api.tasks import TENANT, addressed, tenant_of
 from manager.api.watch import FRESH_S, ClusterWatch
 from manager.api.watch import Snapshot as Look
-from manager.core.ahead import Ahead, Kept, ahead_of, kept_of
+from manager.core.ahead import Ahead, Kept, Setup, ahead_of, kept_of, with_mix
 from manager.core.errors import (
     BadRequest,
     Forbidden,
@@ -34,6 +34,7 @@ from manager.core.errors import (
 from manager.core.explain import Explanation, explain
 from manager.core.foresee import PlanView, When, Wish, foresee
 from manager.core.lifecycle import TaskStatus
+from manager.core.mix import NO_MIX, Mix
 from manager.core.model import ClusterState, TaskRecord, priority_of, priority_offset
 from manager.core.requests import KeyScope, PlanRequest
 from manager.core.snapshot import Snapshot, encode_snapshot, snapshot_of
@@ -68,6 +69,7 @@ class ForesightRoutes:
         self._functions = functions
         self._watch = watch
         self._setup = setup_of(settings)
+        self._mix: Mix = NO_MIX  # that is in it
         self._known: tuple[Look, Kept, Ahead] | None = None
         self._kept = Kept()
         self._kept_s = float("-inf")
@@ -82,7 +84,7 @@ class ForesightRoutes:
         look, ahead = await self._ahead()
         place = await self._place(record, look.state) if record.status is TaskStatus.QUEUED else None
         leads = look.leader.beating is not False
-        found = explain(record, ahead, self._setup, place, look.store_now_ms(), look.silent, leads=leads)
+        found = explain(record, ahead, self._setup_for(look), place, look.store_now_ms(), look.silent, leads=leads)
         return Reply(200, _encode(found))
 
     async def plan(self, call: Call) -> Reply:
@@ -92,7 +94,7 @@ class ForesightRoutes:
         wishes = await self._wishes(body, tenant)
         look, ahead = await self._ahead(FRESH_S)
         leads = look.leader.beating is not False
-        found = await asyncio.to_thread(foresee, wishes, ahead, self._setup, look.silent, leads=leads)
+        found = await asyncio.to_thread(foresee, wishes, ahead, self._setup_for(look), look.silent, leads=leads)
         before = {change.group: change.need_before for change in found[0].groups}
         grown = {change.group: change.need_after for change in found[-1].groups if change.need_after > before[change.group]}
         scaling = scaling_of(look.state, grown, self._settings) if grown else ()
@@ -103,7 +105,7 @@ class ForesightRoutes:
         """All that a decision needs, to be replayed elsewhere."""
         parse_query(call.query, ())
         look = await self._watch.fresh()
-        return Reply(200, encode_snapshot(snapshot_of(look.state, self._setup, look.silent, VERSION)))
+        return Reply(200, encode_snapshot(snapshot_of(look.state, self._setup_for(look), look.silent, VERSION)))
 
     async def _ahead(self, age_s_max: float = KEPT_S_MAX) -> tuple[Look, Ahead]:
         """A fresh look and what follows from it.
@@ -119,12 +121,19 @@ class ForesightRoutes:
             self._refreshing = asyncio.create_task(self._look_again(look))
         kept, known = self._kept, self._known
         if known is None or known[0] is not look or known[1] is not kept:
-            known = self._known = (look, kept, ahead_of(look.state, look.index, self._setup, kept))
+            known = self._known = (look, kept, ahead_of(look.state, look.index, self._setup_for(look), kept))
         return look, known[2]
 
     async def _look_again(self, look: Look) -> None:
-        self._kept = await asyncio.to_thread(kept_of, look.state, look.index, self._setup)
+        self._kept = await asyncio.to_thread(kept_of, look.state, look.index, self._setup_for(look))
         self._kept_s = time.monotonic()
+
+    def _setup_for(self, look: Look) -> Setup:
+        """What decides, with what the scheduler has learned of requests; one `Demand` for as long as that is the same."""
+        mix = look.state.mix
+        if mix.revision != self._mix.revision:
+            self._mix, self._setup = mix, with_mix(self._setup, mix)
+        return self._setup
 
     async def _place(self, record: TaskRecord, state: ClusterState) -> Place:
         """Where the task stands: before it are those of its shape, and those of others that have a higher priority."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -137,9 +138,16 @@ def build_server(settings: Settings, listener: socket.socket) -> Server:
     return Server(create_app(settings, connected), listener, None if files is None else server_context(files))
 
 
+def keep_for_good() -> None:
+    """What is there when serving starts stays: the collector, which each look makes work, need not go through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 async def run(settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends at once."""
     server = build_server(settings, listener)
+    keep_for_good()
     loop = asyncio.get_running_loop()
 
     def stop() -> None:

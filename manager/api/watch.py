@@ -6,6 +6,7 @@ Submissions are checked against the last look, at most about a second old; who a
 
 import asyncio
 import time
+from functools import cached_property
 from typing import Final
 
 import msgspec
@@ -26,11 +27,10 @@ AUTOSCALER: Final = "autoscaler"
 """The role of autoscalers, who have a leader of their own."""
 
 
-class Snapshot(msgspec.Struct, frozen=True):
+class Snapshot(msgspec.Struct, frozen=True, dict=True):
     """One look.
 
     Attributes:
-        index: the ledger that follows from `state`; nobody may change it.
         silent: nodes whose beat has not changed for a lease, or that were never seen to beat for so long.
         capacity: what the known nodes could hold were they empty; the same object until what there is has changed.
         at_s: when, on this process's monotonic clock.
@@ -39,7 +39,6 @@ class Snapshot(msgspec.Struct, frozen=True):
     """
 
     state: ClusterState
-    index: Index
     silent: frozenset[str]
     capacity: Capacity
     leader: LeaderView
@@ -47,6 +46,11 @@ class Snapshot(msgspec.Struct, frozen=True):
     at_s: float
     registration_s: float
     dependencies: tuple[DependencyView, ...]
+
+    @cached_property
+    def index(self) -> Index:
+        """The ledger that follows from `state`; nobody may change it. Made when somebody asks: submissions need none."""
+        return index_of(self.state)
 
     def store_now_ms(self) -> int:
         """The store's clock now, as far as this process can tell."""
@@ -137,7 +141,6 @@ class ClusterWatch:
         silent = frozenset(name for name, seen in self._nodes.items() if now_s - seen.at_s >= self._lease_s)
         self.snapshot = Snapshot(
             state=state,
-            index=index_of(state),
             silent=silent,
             capacity=self._capacity_of(state),
             leader=LeaderView(holder, token, leads),

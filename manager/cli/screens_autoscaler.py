@@ -21,6 +21,8 @@ def history_screen(decisions: Sequence[DecisionView], now: dt.datetime | None = 
         return Text("no decisions yet: the autoscaler is off, has no groups, or has just started", "dim")
     now = now or dt.datetime.now(dt.UTC)
     table = plain_table("WHEN", "GROUP", "NEED", "SIZE", "TARGET", "WHY", "WHAT WAS DONE")
+    for words in table.columns[-2:]:
+        words.no_wrap = False
     for decision in decisions:
         for number, group in enumerate(decision.groups):
             when = ago(decision.at, now) if number == 0 else ""
@@ -42,8 +44,8 @@ def _why(decision: DecisionView, group: ScalingGroup) -> str:
         words.append(f"({one_line(group.blocked_reason, 80)})")
     elif group.need is None and decision.metrics:
         words.append(f"({one_line(decision.metrics, 80)})")
-    words += [f"{tasks} infeasible: {plain(reason)}" for reason, tasks in sorted(decision.infeasible.items())]
-    return " ".join(words)
+    infeasible = [f"{tasks} infeasible: {plain(reason)}" for reason, tasks in sorted(decision.infeasible.items())]
+    return "; ".join([" ".join(words), *infeasible])
 
 
 def _done(decision: DecisionView, group: str) -> Text:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from manager.cli.screens_tasks import STYLES, needs, plain_table
-from manager.cli.text import NONE, ago, bar, clock, count, memory, one_line, plain, seconds
+from manager.cli.text import NONE, ago, bar, clock, count, one_line, plain, seconds
 from manager.core.answers import (
     ClusterView,
     DependencyState,
@@ -27,6 +27,8 @@ from manager.core.quantities import format_memory
 BAR_WIDTH: Final = 16
 QUEUES_SHOWN_MAX: Final = 12
 """The longest ones; a screen holds no more, `--output json` has all."""
+NAMES_SHOWN_MAX: Final = 3
+"""Nodes that are named where many have the same labels."""
 
 _LEASED, _FOREIGN = "█", "▒"
 _MAKERS: Final = frozenset({"AMD", "Instinct", "Radeon", "NVIDIA", "(simulated)"})
@@ -149,14 +151,36 @@ def workers_screen(workers: Sequence[WorkerView]) -> RenderableType:
     notes: list[RenderableType] = []
     for worker in workers:
         table.add_row(Text(one_line(worker.node, 24), "bold"), worker_state(worker))
+        first = first_of_pools(worker.devices)
         for device in worker.devices:
-            table.add_row(*_device_row(device))
+            table.add_row(*_device_row(device, first.get(device.uuid)))
             notes += _device_notes(worker.node, device)
+        notes += _drain_notes(worker)
+    return Group(table, *notes, *_label_notes(workers))
+
+
+def first_of_pools(devices: Sequence[DeviceView]) -> dict[str, int]:
+    """Devices whose memory is that of another device that stands before them, by uuid: the number of that one."""
+    first: dict[str, int] = {}
+    return {
+        device.uuid: number
+        for device in devices
+        if device.pool and (number := first.setdefault(device.pool, device.index)) != device.index
+    }
+
+
+def _label_notes(workers: Sequence[WorkerView]) -> list[RenderableType]:
+    """A line for all nodes that have the same labels."""
+    names: dict[str, list[str]] = {}
+    for worker in workers:
         if worker.labels:
             labels = ", ".join(f"{name}={value}" for name, value in sorted(worker.labels.items()))
-            notes.append(Text(f"  {one_line(worker.node, 24)}: labels {one_line(labels)}", "dim"))
-        notes += _drain_notes(worker)
-    return Group(table, *notes)
+            names.setdefault(labels, []).append(one_line(worker.node, 24))
+    notes: list[RenderableType] = []
+    for labels, nodes in names.items():
+        more = f" and {len(nodes) - NAMES_SHOWN_MAX} more" if len(nodes) > NAMES_SHOWN_MAX else ""
+        notes.append(Text(f"  {', '.join(nodes[:NAMES_SHOWN_MAX])}{more}: labels {one_line(labels)}", "dim"))
+    return notes
 
 
 def worker_state(worker: WorkerView) -> Text:
@@ -186,19 +210,26 @@ def _drain_notes(worker: WorkerView) -> list[RenderableType]:
     return notes
 
 
-def _device_row(device: DeviceView) -> tuple[Text, ...]:
+def _device_row(device: DeviceView, first: int | None) -> tuple[Text, ...]:
+    """One device; `first` is the number of the device with which it shares its memory, where that stands before it."""
     usable = max(device.usable_bytes, 1)
     shares = ((device.leased_bytes / usable, _LEASED), (device.foreign_bytes / usable, _FOREIGN))
     blocks = Text.assemble(*((text, _BAR_STYLES[character]) for character, text in bar(shares, BAR_WIDTH)))
     used = NONE if device.used_bytes is None else format_memory(device.used_bytes)
     busy = NONE if device.utilisation_ratio is None else f"{device.utilisation_ratio:.0%}"
-    return (
+    name, busy_text = (
         Text(f"  {device.index} {short_model(device.model)}"),
+        Text(busy, "" if device.utilisation_ratio else "dim"),
+    )
+    if first is not None:
+        return name, Text(f"is that of {first}", "dim"), Text(), Text(), Text(), busy_text
+    return (
+        name,
         blocks,
         Text(format_memory(device.leased_bytes), "" if device.leased_bytes else "dim"),
         Text(format_memory(device.usable_bytes)),
         Text(used, "" if device.used_bytes else "dim"),
-        Text(busy, "" if device.utilisation_ratio else "dim"),
+        busy_text,
     )
 
 

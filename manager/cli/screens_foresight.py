@@ -148,7 +148,7 @@ def replay_screen(snapshot: Snapshot, answers: Sequence[Replayed]) -> Renderable
         f"{count(len(state.nodes), 'node')}, {count(open_slots, 'slot')}, {count(waits, 'waiting task')} of "
         f"{count(shapes, 'shape')}; made under policy {snapshot.policy}"
     )
-    table = plain_table("POLICY", "OPENS", "HOLDS", "CLOSES", "ALLOCATED", "LARGEST LEFT", "GPUS LEFT", "STRANDED")
+    table = plain_table("POLICY", "OPENS", "HOLDS", "CLOSES", "ALLOCATED", "LARGEST", "GPUS", "STRANDED")
     for answer in answers:
         table.add_row(
             Text(one_line(answer.policy, 30)),

@@ -11,8 +11,9 @@ from typing import Final
 import msgspec
 from rich.text import Text
 
-from manager.cli.screens_cluster import STATES, short_model, tasks_line
-from manager.cli.text import bar, count, memory, one_line, plain, seconds
+from manager.cli.screens_cluster import STATES, first_of_pools, short_model, tasks_line
+from manager.cli.screens_tasks import needs
+from manager.cli.text import bar, count, one_line, plain, seconds
 from manager.core.answers import ClusterView, DependencyState, DeviceView, QueueView, TaskCounts, WorkerView
 from manager.core.quantities import GIB, format_memory
 
@@ -20,6 +21,7 @@ RATE_WINDOW_S: Final = 10.0
 """Rates are means over the last seconds: one sample would jump."""
 PROBLEMS_MAX: Final = 3
 NAME_MAX: Final = 20
+NEEDS_MAX: Final = 48
 BAR_MIN, BAR_MAX = 12, 72
 USED, LEASED, FOREIGN, OVER, FREE = "█", "▄", "▒", "▓", "·"
 _STYLES: Final = {USED: "blue", LEASED: "cyan", FOREIGN: "yellow", OVER: "bold red", FREE: "dim"}
@@ -204,17 +206,19 @@ def _queue(view: ClusterView, width: int, lines_max: int | None) -> list[Text]:
     room = len(shapes) if lines_max is None else max(1, lines_max - 2)
     shown = shapes if len(shapes) <= room else shapes[: max(1, room - 1)]
     tenant = max(8, min(NAME_MAX, width - 66))
-    head = f"{'NEEDS':<13}{'TENANT':<{tenant}}{'WAITING':>9}{'RUNNING':>9}{'SLOTS':>7}{'ASKED':>7}{'OLDEST':>9}{'RUN TIME':>10}"
+    asked = max(13, min(NEEDS_MAX, width - 53 - tenant))
+    head = f"{'NEEDS':<{asked}}{'TENANT':<{tenant}}"
+    head += f"{'WAITING':>9}{'RUNNING':>9}{'SLOTS':>7}{'ASKED':>7}{'OLDEST':>9}{'RUN TIME':>10}"
     lines = [Text(), Text(head, "bold")]
-    lines += [_queue_line(queue, running.get(queue.shape_id, 0), tenant) for queue in shown]
+    lines += [_queue_line(queue, running.get(queue.shape_id, 0), asked, tenant) for queue in shown]
     if len(shown) < len(shapes):
         lines.append(Text(f"… and {count(len(shapes) - len(shown), 'more shape')}", "dim"))
     return lines
 
 
-def _queue_line(queue: QueueView, running: int, tenant: int) -> Text:
+def _queue_line(queue: QueueView, running: int, asked: int, tenant: int) -> Text:
     return Text.assemble(
-        f"{memory(queue.memory_bytes, queue.gpus):<13}{one_line(queue.tenant, tenant - 1):<{tenant}}",
+        f"{one_line(needs(queue), asked - 1):<{asked}}{one_line(queue.tenant, tenant - 1):<{tenant}}",
         (f"{queue.depth:>9,}", "yellow" if queue.depth else "dim"),
         (f"{running:>9,}", "" if running else "dim"),
         (f"{queue.slots_open:>7,}", "" if queue.slots_open else "dim"),
@@ -284,7 +288,8 @@ def _used(device: DeviceView) -> int:
 def _node_with_devices(worker: WorkerView, width: int) -> list[Text]:
     notes = _notes(worker)
     head = Text.assemble((one_line(worker.node, NAME_MAX), "bold"), "  ", _state(worker), *notes)
-    return [head, *(_device_line(device, width) for device in worker.devices)]
+    first = first_of_pools(worker.devices)
+    return [head, *(_device_line(device, width, first.get(device.uuid)) for device in worker.devices)]
 
 
 def _notes(worker: WorkerView) -> list[Text]:
@@ -299,9 +304,12 @@ def _state(worker: WorkerView) -> Text:
     return Text(worker.state.replace("_", " "), STATES[worker.state])
 
 
-def _device_line(device: DeviceView, width: int) -> Text:
+def _device_line(device: DeviceView, width: int, first: int | None) -> Text:
+    """One device; `first` is the number of the device with which it shares its memory, where that stands before it."""
     sizes = _bytes([device])
     line = Text(f"  {device.index:>2} {short_model(device.model)[:12]:<12} ")
+    if first is not None and device.healthy:
+        return line.append(f"its memory is that of {first}", "dim")
     facts = _facts(device, wide=width >= 110)
     line.append_text(_bar(sizes, _bar_width(width - len(line) - len(facts) - 1)))
     line.append(" ")

@@ -13,6 +13,7 @@ import msgspec
 
 from manager.core.index import Index
 from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
+from manager.core.mix import Mix
 from manager.core.model import ClusterState, QueueRow, SlotRow
 from manager.core.needs import Limits, needs_of, priority_rank
 from manager.core.packing import PackGroup
@@ -43,6 +44,11 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     demand: Demand = NO_DEMAND
     groups: tuple[PackGroup, ...] = ()
     drain_target_s: float = 30.0
+
+
+def with_mix(setup: Setup, mix: Mix) -> Setup:
+    """The same with the requests that the scheduler expects."""
+    return msgspec.structs.replace(setup, demand=Demand(mix.shares) if mix.shares else NO_DEMAND)
 
 
 class Kept(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from manager.core.model import ClusterState, QueueRow, SlotRow, TenantRow, prior
 from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
 from manager.core.placement import find, victims
 from manager.core.policies import BEST_FIT
-from manager.core.reservations import best_room, grant_in
+from manager.core.reservations import best_room, grant_in, is_ready
 from manager.core.shapes import Grant, Resources
 from manager.core.shares import at_work, parts_of
 
@@ -87,7 +87,10 @@ def closes_of(
             if slot.flag is not SlotFlag.NONE:
                 scratch.free(slot.slot_id)  # on its way out: nobody else need go for what this will give back
         sides = _Sides(state)
-        candidates = [c for slot in state.slots if (c := _candidate(slot, queues, sides, state.now_ms, limits)) is not None]
+        candidates: dict[_Kind, dict[str, float]] = {}
+        for slot in state.slots:
+            if (found := _candidate(slot, queues, sides, state.now_ms, limits)) is not None:
+                candidates.setdefault(found[0], {})[slot.slot_id] = found[1]
         own = {slot.slot_id: slot.shape_id for slot in state.slots}
         searches = 0
         first_in_line = True
@@ -104,7 +107,9 @@ def closes_of(
                     if costs[slot_id] < RESIDENT_COST:
                         closes[slot_id] = Close(slot_id, queue.shape_id)
                 if chosen:
-                    candidates = [c for c in candidates if c.slot_id not in chosen]
+                    for members in candidates.values():
+                        for slot_id in chosen:
+                            members.pop(slot_id, None)
                     fit = find(resources, scratch, BEST_FIT)
                 elif first_in_line and (room := best_room(resources, scratch)) is not None:
                     first_in_line = False
@@ -119,7 +124,30 @@ def closes_of(
                     closes |= {close.slot_id: close for close in _preempted(state, fit, closes, queue.shape_id)}
     for close in _idle_closes(state, queues, needs, closes.keys(), limits):
         closes[close.slot_id] = close
-    return list(closes.values()), keep
+    return list(closes.values()), _undelayed(keep, index)
+
+
+def _undelayed(keep: Sequence[tuple[str, Grant]], index: Index) -> list[tuple[str, Grant]]:
+    """Of rooms to be kept, in the order of service, those that make no earlier one wait whose own room is free already.
+
+    They were found as if all had ended that is to end. Until then, room that is kept for a later one may take from what is free
+    now. The earlier one is placed at once; the later one has its room kept from the next round on.
+    """
+    if len(keep) < 2:
+        return list(keep)
+    scratch = index.copy()
+    ready: list[tuple[str, Grant]] = []
+    found: list[tuple[str, Grant]] = []
+    for slot_id, grant in keep:
+        scratch.keep(slot_id, grant)
+        view = scratch.nodes[grant.node]
+        if any(room.node == grant.node and not is_ready(earlier, room, view) for earlier, room in ready):
+            scratch.unkeep(slot_id)
+            continue
+        found.append((slot_id, grant))
+        if is_ready(slot_id, grant, view):
+            ready.append((slot_id, grant))
+    return found
 
 
 def _is_pressing(queue: QueueRow, now_ms: int, limits: Limits) -> bool:
@@ -185,8 +213,8 @@ def _idle_closes(
     return found
 
 
-class _Candidate(msgspec.Struct, frozen=True):
-    """A slot that may have to end for another shape.
+class _Kind(msgspec.Struct, frozen=True):
+    """What decides whether a slot may have to end for another shape. Few of them are many slots.
 
     Attributes:
         rank: of what waits behind it, None where nothing does.
@@ -195,10 +223,8 @@ class _Candidate(msgspec.Struct, frozen=True):
         low: what it runs may be pre-empted.
     """
 
-    slot_id: str
     shape_id: str
     tenant: str
-    cost: float
     part: float
     idle: bool
     young: bool
@@ -208,8 +234,8 @@ class _Candidate(msgspec.Struct, frozen=True):
 
 def _candidate(
     slot: SlotRow, queues: Mapping[str, QueueRow], sides: "_Sides", now_ms: int, limits: Limits
-) -> _Candidate | None:
-    """What ending the slot costs; None where it is not open, ends already, or is somebody's Dask task.
+) -> tuple[_Kind, float] | None:
+    """What kind of slot it is, and what ending it costs; None where it is not open, ends already, or is somebody's Dask task.
 
     Of the idle ones the one that has been idle for longest is the cheapest; of the busy ones the one whose tasks are short.
     """
@@ -224,17 +250,16 @@ def _candidate(
         cost = 1.0 / (1.0 + idle_s) + (WARM_COST if own is not None and own.warm else 0.0)
     else:
         cost = BUSY_COST + (UNKNOWN_RUN_S if own is None or own.run_s is None else own.run_s)
-    return _Candidate(
-        slot_id=slot.slot_id,
+    kind = _Kind(
         shape_id=slot.shape_id,
         tenant="" if own is None else own.shape.tenant,
-        cost=cost,
         part=sides.parts.get(slot.slot_id, 0.0),
         idle=idle,
         young=not idle and now_ms - slot.opened_ms < limits.residence_s * 1000,
         low=_is_low(slot),
         rank=None if own is None or own.depth == 0 else priority_rank(own),
     )
+    return kind, cost
 
 
 class _Sides:
@@ -256,7 +281,9 @@ class _Sides:
     def _tenant(self, tenant: str) -> TenantRow:
         return self._tenants.get(tenant) or TenantRow(tenant=tenant)
 
-    def costs(self, candidates: Sequence[_Candidate], wanting: QueueRow, limits: Limits, *, pressing: bool) -> dict[str, float]:
+    def costs(
+        self, candidates: Mapping[_Kind, Mapping[str, float]], wanting: QueueRow, limits: Limits, *, pressing: bool
+    ) -> dict[str, float]:
         """What each slot costs that may be asked to end for `wanting`.
 
         An idle slot may always go. A busy one goes at its task boundary if the priority of what waits behind it is lower; or,
@@ -267,7 +294,7 @@ class _Sides:
         rank = priority_rank(wanting)
         tenant = self._tenant(wanting.shape.tenant)
 
-        def may_go(c: _Candidate) -> bool:
+        def may_go(c: _Kind) -> bool:
             if c.idle or (c.rank is not None and rank < c.rank) or (pressing and c.low):
                 return True
             if c.rank is not None and rank > c.rank:
@@ -282,8 +309,9 @@ class _Sides:
                 ahead_s = (other.vtime_s or 0.0) - (tenant.vtime_s or 0.0) - limits.residence_s * c.part / other.weight
             return theirs > ours and ahead_s > 0
 
-        return {
-            c.slot_id: c.cost + (RESIDENT_COST if c.young and not (pressing and c.low) else 0.0)
-            for c in candidates
-            if c.shape_id != wanting.shape_id and may_go(c)
-        }
+        found: dict[str, float] = {}
+        for c, costs in candidates.items():
+            if c.shape_id != wanting.shape_id and may_go(c):
+                is_resident = c.young and not (pressing and c.low)
+                found |= {slot_id: cost + RESIDENT_COST for slot_id, cost in costs.items()} if is_resident else costs
+        return found

@@ -16,6 +16,7 @@ from manager.core.model import ClusterState, DeviceUse
 from manager.core.shapes import SHARE_MILLI_MAX, Grant, Labels
 from manager.core.table import UNKNOWN, DeviceKind, Table
 
+NOBODY: Final[frozenset[str]] = frozenset()
 SLOTS_MAX: Final = 64
 """Slots of one node where it says nothing else: each is a process of its own."""
 
@@ -49,7 +50,7 @@ class Pool:
         self.kept: dict[str, int] = {}
         self.used: dict[str, int] = {}
         self.foreign_bytes = 0
-        self.sick: set[str] = set()
+        self.sick = NOBODY
         self.changed_s = 0.0
         self.free_bytes = self.usable_bytes
 
@@ -81,7 +82,7 @@ class Pool:
         twin.key, twin.devices = self.key, self.devices
         twin.total_bytes, twin.reserve_bytes = self.total_bytes, self.reserve_bytes
         twin.leases, twin.kept, twin.used = self.leases.copy(), self.kept.copy(), self.used.copy()
-        twin.foreign_bytes, twin.sick, twin.changed_s = self.foreign_bytes, self.sick.copy(), self.changed_s
+        twin.foreign_bytes, twin.sick, twin.changed_s = self.foreign_bytes, self.sick, self.changed_s
         twin.free_bytes = self.free_bytes
         return twin
 
@@ -103,7 +104,7 @@ class DeviceView:
         self.pool = pool
         self.slots: dict[str, int] = {}
         self.kept: dict[str, int] = {}
-        self.alone: set[str] = set()
+        self.alone = NOBODY
         self.free_milli = SHARE_MILLI_MAX
 
     def settle(self) -> None:
@@ -114,15 +115,18 @@ class DeviceView:
         """The same, to be tried on, over the copy of its pool."""
         twin = object.__new__(DeviceView)
         twin.uuid, twin.kind, twin.pool = self.uuid, self.kind, pool
-        twin.slots, twin.kept, twin.alone = self.slots.copy(), self.kept.copy(), self.alone.copy()
+        twin.slots, twin.kept, twin.alone = self.slots.copy(), self.kept.copy(), self.alone
         twin.free_milli = self.free_milli
         return twin
 
 
 class NodeView:
-    """One node in the index. Mutable, owned by `Index`.
+    """One node in the index. Mutable, but only by an `Index` that has it for itself: copies of an index share nodes.
 
     Attributes:
+        reachable: whether it has a Dask worker.
+        cordoned: whether somebody said that it takes nothing new.
+        lost: whether the leader has declared it dead.
         cpu_milli, host_memory_bytes: what the host has, `UNKNOWN` where it does not say.
         cpu_free_milli, host_free_bytes: what of that can be promised now.
         kept: slots that wait for room here which is kept for them.
@@ -130,10 +134,7 @@ class NodeView:
     """
 
     __slots__ = (
-        "_changes",
-        "_cordoned",
-        "_lost",
-        "_reachable",
+        "cordoned",
         "cpu_free_milli",
         "cpu_milli",
         "devices",
@@ -142,9 +143,11 @@ class NodeView:
         "incarnation",
         "kept",
         "labels",
+        "lost",
         "models",
         "name",
         "pools",
+        "reachable",
         "slots",
         "slots_max",
     )
@@ -172,51 +175,20 @@ class NodeView:
         self.models: Counter[str] = Counter()
         self.pools: dict[str, Pool] = {}
         self.devices: dict[str, DeviceView] = {}
+        kinds: dict[tuple[str, str], DeviceKind] = {}
         for device in devices:
-            pool = self.pools.get(device.pool_key)
+            key = device.pool_key
+            pool = self.pools.get(key)
             if pool is None:
-                pool = self.pools[device.pool_key] = Pool(device.pool_key, device.memory_bytes, reserve_bytes)
+                pool = self.pools[key] = Pool(key, device.memory_bytes, reserve_bytes)
             pool.devices.append(device.uuid)
-            kind = DeviceKind(device.architecture, device.model, labels)
+            kind = kinds.get(of := (device.architecture, device.model))
+            if kind is None:
+                kind = kinds[of] = DeviceKind(*of, labels)
             self.devices[device.uuid] = DeviceView(device.uuid, kind, pool)
-        self._reachable = True
-        self._cordoned = False
-        self._lost = False
-        self._changes: set[str] = set()
-
-    @property
-    def reachable(self) -> bool:
-        """Whether it has a Dask worker."""
-        return self._reachable
-
-    @reachable.setter
-    def reachable(self, value: bool) -> None:
-        self._reachable = value
-        self._changes.add(self.name)
-
-    @property
-    def cordoned(self) -> bool:
-        """Whether somebody said that it takes nothing new."""
-        return self._cordoned
-
-    @cordoned.setter
-    def cordoned(self, value: bool) -> None:
-        self._cordoned = value
-        self._changes.add(self.name)
-
-    @property
-    def lost(self) -> bool:
-        """Whether the leader has declared it dead."""
-        return self._lost
-
-    @lost.setter
-    def lost(self, value: bool) -> None:
-        self._lost = value
-        self._changes.add(self.name)
-
-    def tell(self, changes: set[str]) -> None:
-        """Enter the node's name here when a flag of it changes."""
-        self._changes = changes
+        self.reachable = True
+        self.cordoned = False
+        self.lost = False
 
     @property
     def placeable(self) -> bool:
@@ -244,7 +216,7 @@ class NodeView:
             sizes[slot] = sizes.get(slot, 0) + grant.memory_bytes
             (device.kept if kept else device.slots)[slot] = grant.share_milli
             if grant.exclusive:
-                device.alone.add(slot)
+                device.alone |= {slot}
             device.settle()
             pool.settle()
 
@@ -267,7 +239,7 @@ class NodeView:
                 pool.used.pop(slot, None)
             (device.kept if kept else device.slots).pop(slot, None)
             if slot not in device.slots and slot not in device.kept:
-                device.alone.discard(slot)
+                device.alone -= {slot}
             device.settle()
             pool.settle()
 
@@ -279,14 +251,17 @@ class NodeView:
         twin.models = self.models.copy()
         twin.cpu_milli, twin.cpu_free_milli = self.cpu_milli, self.cpu_free_milli
         twin.host_memory_bytes, twin.host_free_bytes = self.host_memory_bytes, self.host_free_bytes
-        twin._reachable, twin._cordoned, twin._lost, twin._changes = self._reachable, self._cordoned, self._lost, set()
+        twin.reachable, twin.cordoned, twin.lost = self.reachable, self.cordoned, self.lost
         twin.pools = {key: pool.copy() for key, pool in self.pools.items()}
         twin.devices = {uuid: device.copy(twin.pools[device.pool.key]) for uuid, device in self.devices.items()}
         return twin
 
 
 class Index:
-    """The ledger: which slot has leased what, on which device; and what room is kept for slots that wait for it."""
+    """The ledger: which slot has leased what, on which device; and what room is kept for slots that wait for it.
+
+    Nodes are changed by its methods only, and read anew after each: one that a copy has too is copied before it is changed.
+    """
 
     def __init__(self) -> None:
         self.nodes: dict[str, NodeView] = {}
@@ -294,17 +269,32 @@ class Index:
         self.kept: dict[str, Grant] = {}
         self._table: Table | None = None
         self._changed: set[str] = set()
+        self._shared: set[str] = set()  # nodes that another index may have too
 
     @property
     def table(self) -> Table:
         """What is free, in columns; up to date."""
-        if self._table is None:
-            self._table = Table(self.nodes.values())
-            self._changed.clear()
+        # Threads may ask at once for that of an index that nobody changes any more: each would find the same.
+        table = self._table
+        if table is None:
+            table = Table(self.nodes.values())
+            self._changed = set()
+            self._table = table
         elif self._changed:
-            self._table.refresh([self.nodes[name] for name in self._changed if name in self.nodes])
-            self._changed.clear()
-        return self._table
+            table.refresh([self.nodes[name] for name in self._changed if name in self.nodes])
+            self._changed = set()
+        return table
+
+    def _to_change(self, node: str) -> NodeView | None:
+        """The node, nobody else's and noted as changed; None where there is none."""
+        view = self.nodes.get(node)
+        if view is None:
+            return None
+        if node in self._shared:
+            self._shared.discard(node)
+            view = self.nodes[node] = view.copy()
+        self._changed.add(node)
+        return view
 
     def add_node(
         self,
@@ -334,15 +324,15 @@ class Index:
             for slot in self.slots_on(node):
                 self.free(slot)
             known = None
-        fresh.tell(self._changed)
         self.nodes[node] = fresh
+        self._shared.discard(node)
         self._table = None
         if known is not None:
-            fresh.cordoned, fresh.lost, fresh.reachable = known.cordoned, known.lost, known.reachable
+            self.mark(node, reachable=known.reachable, cordoned=known.cordoned, lost=known.lost)
             for key, pool in fresh.pools.items():
                 if (before := known.pools.get(key)) is not None:
                     pool.sick, pool.changed_s = before.sick & set(pool.devices), before.changed_s
-                    pool.foreign_bytes, pool.used = before.foreign_bytes, before.used
+                    pool.foreign_bytes, pool.used = before.foreign_bytes, before.used.copy()
         # From the grants, not from the old view: a device may have been away when it was leased.
         for slot, grant in self.grants.items():
             if grant.node == node:
@@ -358,7 +348,16 @@ class Index:
         for slot in self.slots_on(node):
             self.free(slot)
         self.nodes.pop(node, None)
+        self._shared.discard(node)
         self._table = None
+
+    def mark(self, node: str, *, reachable: bool | None = None, cordoned: bool | None = None, lost: bool | None = None) -> None:
+        """Set flags of a node; None leaves one as it is. Of a node that is not there (any more) nothing is noted."""
+        if (view := self._to_change(node)) is None:
+            return
+        view.reachable = view.reachable if reachable is None else reachable
+        view.cordoned = view.cordoned if cordoned is None else cordoned
+        view.lost = view.lost if lost is None else lost
 
     def slots_on(self, node: str) -> list[str]:
         """Slots with a lease on the node."""
@@ -378,48 +377,43 @@ class Index:
         if slot in self.grants:
             return
         self.grants[slot] = grant
-        if (view := self.nodes.get(grant.node)) is not None:
+        if (view := self._to_change(grant.node)) is not None:
             view.enter(slot, grant)
             self._stamp(view, grant, now_s)
-            self._changed.add(grant.node)
 
     def free(self, slot: str, now_s: float = 0.0) -> Grant | None:
         """End the lease of `slot`; None where it had none."""
         grant = self.grants.pop(slot, None)
-        if grant is not None and (view := self.nodes.get(grant.node)) is not None:
+        if grant is not None and (view := self._to_change(grant.node)) is not None:
             view.remove(slot, grant)
             self._stamp(view, grant, now_s)
-            self._changed.add(grant.node)
         return grant
 
     def keep(self, slot: str, grant: Grant) -> None:
         """Keep the room of `grant`, free or not yet, for `slot`, which waits for it: nobody else is placed into it."""
         self.unkeep(slot)
         self.kept[slot] = grant
-        if (view := self.nodes.get(grant.node)) is not None:
+        if (view := self._to_change(grant.node)) is not None:
             view.enter(slot, grant, kept=True)
-            self._changed.add(grant.node)
 
     def unkeep(self, slot: str) -> Grant | None:
         """Keep no room for `slot`; what was kept, None where nothing was."""
         grant = self.kept.pop(slot, None)
-        if grant is not None and (view := self.nodes.get(grant.node)) is not None:
+        if grant is not None and (view := self._to_change(grant.node)) is not None:
             view.remove(slot, grant, kept=True)
-            self._changed.add(grant.node)
         return grant
 
     def observe(self, node: str, use: DeviceUse, read_s: float) -> None:
         """A reading of one device, made at `read_s`. One older than the last lease change may not raise free memory."""
-        view = self.nodes.get(node)
+        view = self._to_change(node)
         device = view.devices.get(use.uuid) if view is not None else None
         if device is None:
             return
         pool = device.pool
-        self._changed.add(node)
         if not use.healthy:
-            pool.sick.add(use.uuid)
+            pool.sick |= {use.uuid}
             return
-        pool.sick.discard(use.uuid)
+        pool.sick -= {use.uuid}
         known = {slot: size for slot, size in use.slots.items() if slot in pool.leases}
         foreign = max(0, use.foreign_bytes)
         if read_s < pool.changed_s:
@@ -432,12 +426,11 @@ class Index:
         pool.settle()
 
     def copy(self) -> "Index":
-        """An index that can be tried on."""
+        """An index that can be tried on: a change of either is none of the other, and costs no more than what it changes."""
         other = Index()
-        other.grants, other.kept = self.grants.copy(), self.kept.copy()
-        other.nodes = {name: view.copy() for name, view in self.nodes.items()}
-        for view in other.nodes.values():
-            view.tell(other._changed)
+        other.grants, other.kept, other.nodes = self.grants.copy(), self.kept.copy(), self.nodes.copy()
+        other._shared, self._shared = set(self.nodes), set(self.nodes)
+        other._table = self.table.copy()
         return other
 
 
@@ -458,10 +451,7 @@ def index_of(state: ClusterState) -> Index:
             host_memory_bytes=info.host_memory_bytes,
             labels=info.labels,
         )
-        view = index.nodes[row.node]
-        view.lost = row.fenced
-        view.reachable = bool(row.address)
-        view.cordoned = row.cordon is not Cordon.NONE
+        index.mark(row.node, reachable=bool(row.address), cordoned=row.cordon is not Cordon.NONE, lost=row.fenced)
     shapes = {queue.shape_id: queue.shape for queue in state.queues}
     for slot in state.slots:
         if (grant := slot.grant(shapes.get(slot.shape_id))) is not None:

@@ -22,6 +22,7 @@ tenants                 set     functions                  tenants that have tas
 qw:TENANT               zset    functions                  slots that the tenant's quota keeps waiting, by turn
 counts                  hash    functions                  tasks by status
 shapes                  hash    functions                  SHAPE → its canonical JSON
+mix                     string  functions                  the mix of requests that the scheduler has learned
 active                  set     functions                  shapes that have waiting tasks or slots
 sh:SHAPE                hash    functions                  learned run time and memory, counters of a shape
 s:SLOT                  hash    functions                  one slot; CLOSED stays as a tombstone

@@ -9,6 +9,7 @@ import msgspec
 
 from manager.core.devices import Device
 from manager.core.lifecycle import Cordon, Outcome, SlotFlag, SlotKind, SlotStatus, TaskStatus
+from manager.core.mix import NO_MIX, Mix
 from manager.core.shapes import Grant, Labels, Resources, Shape, grant_of, memory_class
 
 PRIORITY_MAX: Final = 10
@@ -374,6 +375,7 @@ class ClusterState(msgspec.Struct, frozen=True):
 
     Attributes:
         dask: whether the leader reaches the Dask scheduler; None until it has tried. `dask_ms`: since when.
+        mix: of requests, as the scheduler has learned it and the leader heard last.
     """
 
     now_ms: int
@@ -384,3 +386,4 @@ class ClusterState(msgspec.Struct, frozen=True):
     dask: bool | None = None
     dask_ms: int | None = None
     tenants: tuple[TenantRow, ...] = ()
+    mix: Mix = NO_MIX

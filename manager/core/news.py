@@ -5,6 +5,7 @@ from typing import Final
 import msgspec
 
 from manager.core.lifecycle import Cordon, SlotKind, SlotStatus
+from manager.core.mix import NO_MIX, Mix
 from manager.core.model import ClusterState
 
 QUEUES_MAX: Final = 100
@@ -43,16 +44,20 @@ class News(msgspec.Struct, frozen=True):
         queues: the deepest first.
         slots: open ones, as many as are told.
         left: nodes whose agents have stopped cleanly.
+        mix_known: revision of the mix of requests in the store: the scheduler tells its own where that is another.
+        mix: that mix, for a scheduler that has learned none yet.
     """
 
     cordoned: tuple[str, ...] = ()
     queues: tuple[QueueNews, ...] = ()
     slots: tuple[SlotNews, ...] = ()
     left: tuple[str, ...] = ()
+    mix_known: str = ""
+    mix: Mix = NO_MIX
 
 
-def news_of(state: ClusterState) -> News:
-    """What one look at the store says."""
+def news_of(state: ClusterState, *, with_mix: bool = False) -> News:
+    """What one look at the store says; the mix itself where the scheduler lacks it."""
     by_shape: dict[str, list[int]] = {queue.shape_id: [0, 0, 0] for queue in state.queues}
     for slot in state.slots:
         if slot.kind is SlotKind.TASKS and (counts := by_shape.get(slot.shape_id)) is not None:
@@ -80,6 +85,8 @@ def news_of(state: ClusterState) -> News:
         queues=tuple(queues),
         slots=tuple(SlotNews(slot.slot_id, slot.kind, slot.running) for slot in opened[:SLOTS_MAX]),
         left=tuple(row.node for row in state.nodes if row.left),
+        mix_known=state.mix.revision,
+        mix=state.mix if with_mix else NO_MIX,
     )
 
 

@@ -14,9 +14,10 @@ from manager.core.devices import MODELS, Device, Model, partitioning_asked
 from manager.core.index import SLOTS_MAX, NodeView
 from manager.core.model import NodeInfo
 from manager.core.placement import NEVER, Reason, devices_for, verdict
-from manager.core.quantities import GIB, format_memory, parse_memory
+from manager.core.quantities import format_memory, parse_memory
 from manager.core.shapes import GPUS_MAX, Labels, Resources
 from manager.core.table import DeviceKind
+from manager.core.verdicts import BY_HOPE, most_words, usable_bytes
 from manager.core.wanted import text_of
 
 REFUSALS_MAX: Final = 4096
@@ -24,16 +25,6 @@ REFUSALS_MAX: Final = 4096
 NAMED_MAX: Final = 8
 """Kinds of devices that a refusal lists."""
 _KIND: Final = re.compile(r"([0-9]{1,4}):([a-z0-9. ]{1,30})(?:/([a-z0-9]{1,8})-([a-z0-9]{1,8}))?")
-# How near a node is that could never hold a request: the later of these, the less is wrong with it.
-_NEARNESS: Final = (
-    Reason.TOO_FEW_DEVICES,
-    Reason.NO_MATCHING_LABELS,
-    Reason.NO_MATCHING_DEVICE,
-    Reason.NO_MATCHING_ARCHITECTURE,
-    Reason.EXCEEDS_LARGEST_DEVICE,
-    Reason.EXCEEDS_HOST,
-)
-assert set(_NEARNESS) == NEVER
 
 
 class NodeDevice(msgspec.Struct, frozen=True):
@@ -206,7 +197,7 @@ class Capacity:
             short = said.short_bytes
             if said.reason is Reason.EXCEEDS_HOST:
                 short = max(resources.cpu_milli - view.cpu_milli, resources.host_memory_bytes - view.host_memory_bytes)
-            rank = (-_NEARNESS.index(said.reason), short, view.name)
+            rank = (BY_HOPE.index(said.reason), short, view.name)
             if nearest is None or rank < nearest:
                 nearest, found = rank, (said.reason, view)
         return None if found is None else _refused(resources, *found, self._nodes)
@@ -218,7 +209,7 @@ def _refused(resources: Resources, reason: Reason, view: NodeView, nodes: list[N
     no_device = "no device" if gpus == 1 else f"no node has {gpus} devices that"
     verb = "is" if gpus == 1 else "are"
     kinds = [device.kind for node in nodes for device in node.devices.values()]
-    usable_bytes = 0
+    most_bytes = 0
     match reason:
         case Reason.TOO_FEW_DEVICES:
             field, most = "gpus", max(len(node.devices) for node in nodes)
@@ -241,15 +232,15 @@ def _refused(resources: Resources, reason: Reason, view: NodeView, nodes: list[N
             field, has = "host_memory", format_memory(view.host_memory_bytes)
             detail = f"more than any host has that could hold the rest. The nearest, {view.name}, has {has}."
         case _:
-            field, usable_bytes = "memory", _usable_bytes(resources, view)
+            field, most_bytes = "memory", usable_bytes(resources, view)
             such = " such" if _besides(resources.architectures, resources.device_model, resources.labels) else ""
             largest = "The largest device" if gpus == 1 else f"On {gpus} devices at once, the largest"
             model = next(device.kind.model for device in view.devices.values() if device.kind.matches(resources))
             detail = (
                 f"more than any{such} device here could ever hold. {largest}, {model or 'one'} on {view.name}, "
-                f"can hold {usable_bytes / GIB:.1f} GiB{' each' if gpus > 1 else ''}."
+                f"can {'each ' if gpus > 1 else ''}hold {most_words(most_bytes)}."
             )
-    return Refusal(reason, view.name, field, detail, usable_bytes)
+    return Refusal(reason, view.name, field, detail, most_bytes)
 
 
 def _besides(*selectors: object) -> str:
@@ -264,15 +255,3 @@ def _listed(names: Iterable[str]) -> str:
 
 def _architecture(kind: DeviceKind) -> str:
     return f"{kind.architecture} ({kind.model})" if kind.model else kind.architecture
-
-
-def _usable_bytes(resources: Resources, view: NodeView) -> int:
-    """What each of so many devices that match could be promised at most."""
-    taken: dict[str, int] = {}
-    sizes: list[int] = []
-    for device in view.devices.values():
-        if device.kind.matches(resources):
-            key = device.pool.key
-            taken[key] = taken.get(key, 0) + 1
-            sizes.append(device.pool.usable_bytes // taken[key])
-    return sorted(sizes, reverse=True)[resources.gpus - 1]

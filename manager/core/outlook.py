@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from manager.core.mix import NO_MIX, Mix, mix_of
 from manager.core.placement import NO_DEMAND, Demand, Floats
 from manager.core.shapes import Resources
 from manager.core.table import WHOLE, Ints, Table
@@ -31,15 +32,15 @@ class DemandCounter:
     """Counts requests as they come, and says what the mix is.
 
     `demand` stays the same object until `CHANGE_MIN` of the mix has changed, because what is remembered of scores holds for
-    one `Demand`. The counts are looked at whenever they have grown by half.
+    one `Demand`. The counts are looked at whenever they have grown by half. `told` is the same as others are told it.
     """
 
-    __slots__ = ("_counts", "_next_look", "_told", "_total", "demand")
+    __slots__ = ("_counts", "_next_look", "_total", "demand", "told")
 
     def __init__(self) -> None:
         self.demand: Demand = NO_DEMAND
+        self.told: Mix = NO_MIX
         self._counts: dict[Resources, int] = {}
-        self._told: dict[Resources, float] = {}
         self._total = 0
         self._next_look = _FIRST_LOOK
 
@@ -50,15 +51,25 @@ class DemandCounter:
         if self._total >= self._next_look:
             self._look()
 
+    def resume(self, mix: Mix) -> None:
+        """Go on from what was learned before this counter began, unless it has learned something itself by now."""
+        if self.told.revision or not mix.revision:
+            return
+        for resources, share in mix.shares:
+            self._counts[resources] = self._counts.get(resources, 0) + round(share * mix.counted)
+        self._total = sum(self._counts.values())
+        self.demand, self.told = Demand(mix.shares), mix
+        self._next_look = self._total + max(_FIRST_LOOK, self._total // 2)
+
     def _look(self) -> None:
         shares = {resources: count / self._total for resources, count in self._counts.items()}
-        told = self._told
+        told = dict(self.demand.shares)
         # Half of the sum of differences: the part of the requests that would have to be others.
         changed = sum(abs(share - told.get(resources, 0.0)) for resources, share in shares.items())
         changed += sum(share for resources, share in told.items() if resources not in shares)
         if changed / 2 >= CHANGE_MIN:
-            self._told = shares
             self.demand = Demand(shares.items())
+            self.told = mix_of(shares.items(), self._total)
         if self._total >= COUNTED_MAX:
             self._counts = {resources: count // 2 for resources, count in self._counts.items() if count > 1}
             self._total = sum(self._counts.values())
@@ -142,8 +153,9 @@ class Outlook:
         whole = np.add.reduce(room_milli == WHOLE, axis=1)
         value += self.whole.take(self._whole_at.take(row) + level * (width + 1) + whole)
         if stranded and self.cpu_per_device:
-            room = np.add.reduce(room_milli, axis=1) / WHOLE
-            value -= stranded * np.maximum(0.0, room - cpu_milli / self.cpu_per_device)
+            short: Floats = np.add.reduce(room_milli, axis=1) * (stranded / WHOLE)
+            short -= cpu_milli * (stranded / self.cpu_per_device)
+            value -= np.maximum(short, 0.0, out=short)
         return value
 
 

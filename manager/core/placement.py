@@ -374,6 +374,8 @@ class _Room(Protocol):
 def _short(resources: Resources, devices: Iterable[DeviceView], room: _Room) -> int:
     """What the last device needed would still lack, of memory; negative or 0 where nothing is missing."""
     memory_bytes = resources.memory_bytes
+    if resources.gpus == 1:
+        return memory_bytes - max(room(device.pool) for device in devices)
     wanted: dict[str, int] = {}
     shorts = []
     for device in devices:

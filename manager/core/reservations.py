@@ -107,14 +107,15 @@ def is_ready(slot: str, kept: Grant, view: NodeView) -> bool:
     """Whether all of the room that is kept for `slot` on the node is free. What is kept counts as taken there."""
     if not view.usable or len(view.slots) + len(view.kept) > view.slots_max:
         return False
-    if view.cpu_free_milli < 0 or view.host_free_bytes < 0:
+    # Of what it does not ask for, less than nothing may be free: others have room kept that is not free yet.
+    if (kept.cpu_milli and view.cpu_free_milli < 0) or (kept.host_memory_bytes and view.host_free_bytes < 0):
         return False
     devices = [view.devices.get(uuid) for uuid in kept.devices]
     return all(
         device is not None
         and device.pool.healthy
         and device.pool.free_bytes >= 0
-        and device.free_milli >= 0
+        and (not kept.share_milli or device.free_milli >= 0)
         and device.alone <= {slot}
         and not (kept.exclusive and (device.slots or len(device.kept) > 1))
         for device in devices

@@ -13,12 +13,14 @@ import numpy as np
 from manager.core.ahead import Setup, ahead_of
 from manager.core.errors import BadRequest
 from manager.core.index import Index, index_of
+from manager.core.mix import NO_MIX
 from manager.core.model import ClusterState, NodeRow
 from manager.core.needs import Limits
 from manager.core.packing import PackGroup
 from manager.core.placement import Demand, Policy, find
 from manager.core.planner import Plan, plan
 from manager.core.shapes import Grant, Resources
+from manager.core.snapshot_check import wrong_number
 
 FORMAT: Final = "rocyard-snapshot"
 VERSION: Final = 1
@@ -36,9 +38,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         policy: by which places are chosen there.
         limits: the operator's, of slots.
         drain_target_s, groups: of the autoscaler.
-        demand: requests that are expected, with their shares of all; what was learned, where the maker knows it.
+        demand: requests that are expected, with their shares of all: what the scheduler has learned.
         silent: nodes that have not beaten for a lease.
-        state: queues, slots, nodes and tenants.
+        state: queues, slots, nodes and tenants. The mix of requests is not there: it is `demand`.
     """
 
     format: str = FORMAT
@@ -71,7 +73,7 @@ def snapshot_of(state: ClusterState, setup: Setup, silent: Iterable[str] = (), m
         groups=setup.groups,
         demand=setup.demand.shares,
         silent=tuple(sorted(silent)),
-        state=msgspec.structs.replace(state, nodes=nodes, refused=()),
+        state=msgspec.structs.replace(state, nodes=nodes, refused=(), mix=NO_MIX),
     )
 
 
@@ -103,9 +105,12 @@ def decode_snapshot(raw: bytes, name: str = "the snapshot") -> Snapshot:
             f"use the program that made it, or make it anew."
         )
     try:
-        return msgspec.json.decode(raw, type=Snapshot)
+        found = msgspec.json.decode(raw, type=Snapshot)
     except msgspec.ValidationError as error:
         raise BadRequest(f"{name} is a damaged snapshot: {error}.") from None
+    if (wrong := wrong_number(msgspec.json.decode(raw))) is not None:
+        raise BadRequest(f"{name} is a damaged snapshot: {wrong}.")
+    return found
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -40,6 +40,8 @@ class DeviceKind(msgspec.Struct, frozen=True):
 
     def matches(self, resources: Resources) -> bool:
         """Whether such a device may be given for `resources`."""
+        if not (resources.architectures or resources.device_model or resources.labels):
+            return True
         return (
             has_architecture(resources, self.architecture)
             and has_model(resources, self.model)
@@ -80,17 +82,8 @@ class Table:
         self.now = 0
         self._changed_at: Ints = np.zeros(rows, np.int64)
         # Side by side, so that a row is written at one stroke, and rows are read so.
-        self._hosts: Ints = np.zeros((rows, 3), np.int64)
-        self._devices: Ints = np.zeros((rows, 5, width), np.int64)
+        self._take(np.zeros((rows, 3), np.int64), np.zeros((rows, 5, width), np.int64))
         self._devices[:, :2] = ABSENT
-        self.slots: Ints = self._hosts[:, 0]
-        self.cpu_milli: Ints = self._hosts[:, 1]
-        self.host_bytes: Ints = self._hosts[:, 2]
-        self.memory_bytes: Ints = self._devices[:, 0]
-        self.share_milli: Ints = self._devices[:, 1]
-        self.room_milli: Ints = self._devices[:, 2]
-        self.untouched: Ints = self._devices[:, 3]
-        self.repeated: Ints = self._devices[:, 4]
         self.cpu_largest_milli = max((view.cpu_milli for view in nodes if view.cpu_milli < UNKNOWN), default=1)
         self.kind: Ints = np.full((rows, width), -1, np.int64)
         self.total_bytes: Ints = np.zeros((rows, width), np.int64)
@@ -98,6 +91,18 @@ class Table:
         for row, view in enumerate(nodes):
             self._write_fixed(row, view)
             self._write(row, view)
+
+    def _take(self, hosts: Ints, devices: Ints) -> None:
+        """Columns of these, which change as nodes do."""
+        self._hosts, self._devices = hosts, devices
+        self.slots: Ints = hosts[:, 0]
+        self.cpu_milli: Ints = hosts[:, 1]
+        self.host_bytes: Ints = hosts[:, 2]
+        self.memory_bytes: Ints = devices[:, 0]
+        self.share_milli: Ints = devices[:, 1]
+        self.room_milli: Ints = devices[:, 2]
+        self.untouched: Ints = devices[:, 3]
+        self.repeated: Ints = devices[:, 4]
 
     def _write_fixed(self, row: int, view: "NodeView") -> None:
         """What does not change while a node is registered."""
@@ -142,8 +147,19 @@ class Table:
         self.now += 1
         for view in views:
             row = self.row_of[view.name]
+            self.views[row] = view  # its ledger may have had to copy it
             self._write(row, view)
             self._changed_at[row] = self.now
+
+    def copy(self) -> "Table":
+        """The same, to follow the copy of its ledger. What does not change while nodes stay the same is shared."""
+        twin = object.__new__(Table)
+        twin.__dict__.update(self.__dict__)
+        twin.views = self.views.copy()
+        twin._memo = {}
+        twin._changed_at = self._changed_at.copy()
+        twin._take(self._hosts.copy(), self._devices.copy())
+        return twin
 
     def recall(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` gave for `key` before, or gives now: it changes no answer, only how fast it comes."""

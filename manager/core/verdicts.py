@@ -9,12 +9,12 @@ from typing import Final, assert_never
 
 import msgspec
 
-from manager.core.index import DeviceView, Index, NodeView, Pool
+from manager.core.index import DeviceView, Index, NodeView
 from manager.core.lifecycle import Cordon
 from manager.core.model import NodeRow
 from manager.core.placement import NEVER, Reason, devices_for, verdict
 from manager.core.quantities import format_duration, format_memory
-from manager.core.shapes import Resources
+from manager.core.shapes import Resources, memory_class_within
 
 FITS: Final = "Fits"
 SILENT: Final = "NodeUnreachable"
@@ -25,7 +25,7 @@ NAMES_SHOWN: Final = 3
 """Nodes that are named where many say the same."""
 
 # In the order of hope: the first of these that any node says is what a request waits for.
-_BY_HOPE: Final[tuple[Reason, ...]] = (
+BY_HOPE: Final[tuple[Reason, ...]] = (
     Reason.INSUFFICIENT_MEMORY,
     Reason.FOREIGN_MEMORY,
     Reason.RESERVED_FOR_LARGER,
@@ -38,15 +38,17 @@ _BY_HOPE: Final[tuple[Reason, ...]] = (
     Reason.NODE_LOST,
     Reason.CORDONED,
     Reason.UNHEALTHY_DEVICE,
-    Reason.EXCEEDS_LARGEST_DEVICE,
+    # Those that waiting does not change: the earlier, the less is wrong with the node.
     Reason.EXCEEDS_HOST,
-    Reason.TOO_FEW_DEVICES,
+    Reason.EXCEEDS_LARGEST_DEVICE,
     Reason.NO_MATCHING_ARCHITECTURE,
     Reason.NO_MATCHING_DEVICE,
     Reason.NO_MATCHING_LABELS,
+    Reason.TOO_FEW_DEVICES,
 )
-assert set(_BY_HOPE) == set(Reason)
-_HOPE: Final = {reason: rank for rank, reason in enumerate(_BY_HOPE)}
+assert set(BY_HOPE) == set(Reason)
+assert set(BY_HOPE[-len(NEVER) :]) == NEVER
+_HOPE: Final = {reason: rank for rank, reason in enumerate(BY_HOPE)}
 _BY_MEMORY: Final = frozenset({Reason.INSUFFICIENT_MEMORY, Reason.FOREIGN_MEMORY, Reason.RESERVED_FOR_LARGER})
 """Told apart by how much is missing, not by hope: the nearest of them is what a person wants to see first."""
 
@@ -143,7 +145,8 @@ def _ranked(
     if said.reason in _BY_MEMORY:
         rank = (1, 0, said.short_bytes, view.name)
     elif said.reason in NEVER:
-        rank = (3, _HOPE[said.reason], said.short_bytes, view.name)
+        short = resources.gpus - len(view.devices) if said.reason is Reason.TOO_FEW_DEVICES else said.short_bytes
+        rank = (3, _HOPE[said.reason], short, view.name)
     else:
         rank = (2, _HOPE[said.reason], 0, view.name)
     if said.reason is Reason.FOREIGN_MEMORY:
@@ -196,7 +199,7 @@ def _detail(reason: Reason, short_bytes: int, resources: Resources, view: NodeVi
         case Reason.TOO_MANY_SLOTS:
             return f"it has all the slots that it may have, {len(view.slots)} (node.slots_max)"
         case Reason.EXCEEDS_LARGEST_DEVICE:
-            return f"{short} more than it could ever hold; its largest device holds {format_memory(_largest(view))}"
+            return _too_large(short, resources, view)
         case Reason.RESERVED_FOR_LARGER:
             return f"{short} short: room is kept for what has waited longer"
         case Reason.INSUFFICIENT_SHARE:
@@ -232,11 +235,32 @@ def _detail(reason: Reason, short_bytes: int, resources: Resources, view: NodeVi
             assert_never(reason)
 
 
-def _largest(view: NodeView) -> int:
-    def usable(pool: Pool) -> int:
-        return pool.usable_bytes
+def _too_large(short: str, resources: Resources, view: NodeView) -> str:
+    """What the node could hold at most, as leases."""
+    most = most_words(usable_bytes(resources, view))
+    if resources.gpus > 1:
+        return f"{resources.gpus} of its devices at once each hold {most}"
+    such = "such " if resources.architectures or resources.device_model else ""
+    return f"{short} more than it could ever hold; its largest {such}device holds {most}"
 
-    return max(map(usable, view.pools.values()), default=0)
+
+def usable_bytes(resources: Resources, view: NodeView) -> int:
+    """What each of so many devices that match could be promised at most, if the node were empty; it has so many."""
+    taken: dict[str, int] = {}
+    sizes: list[int] = []
+    for device in view.devices.values():
+        if device.kind.matches(resources):
+            key = device.pool.key
+            taken[key] = taken.get(key, 0) + 1
+            sizes.append(device.pool.usable_bytes // taken[key])
+    return sorted(sizes, reverse=True)[resources.gpus - 1]
+
+
+def most_words(memory_bytes: int) -> str:
+    """``191.5 GiB, in leases of at most 191 GiB``: the second where the first is not a size that leases have."""
+    lease_bytes = memory_class_within(memory_bytes)
+    words = format_memory(memory_bytes)
+    return words if lease_bytes == memory_bytes else f"{words}, in leases of at most {format_memory(lease_bytes)}"
 
 
 def _architectures(view: NodeView) -> str:

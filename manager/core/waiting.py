@@ -264,7 +264,7 @@ def _never(resources: Resources, verdicts: tuple[WorkerVerdict, ...], growing: S
         case Why.EXCEEDS_LARGEST_DEVICE:
             said = f"No node could ever hold {need}; {nearest.node} is nearest: {nearest.detail}."
         case Why.TOO_FEW_DEVICES:
-            said = f"No node has {resources.gpus} devices."
+            said = f"No node has {resources.gpus} devices; {nearest.node} is nearest: {nearest.detail}."
         case _:
             said = f"No node could ever take {need}; {nearest.node}: {nearest.detail}."
     return Answer(reason, said + full, (Unblock(f"a node joins that has {need}"), *_raise_groups(growing)))

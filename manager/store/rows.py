@@ -5,6 +5,7 @@ from typing import Any, Final
 import msgspec
 
 from manager.core.lifecycle import Cordon, SlotFlag, SlotKind, SlotStatus, TaskStatus
+from manager.core.mix import decode_mix
 from manager.core.model import (
     ClusterState,
     DeviceUse,
@@ -223,7 +224,7 @@ def _refusal(node: bytes, said: bytes) -> Refusal:
 
 def state(reply: list[Any]) -> ClusterState:
     """One look at the cluster."""
-    now, queues, slots, nodes, refused, (dask, dask_since), tenants = reply
+    now, queues, slots, nodes, refused, (dask, dask_since), tenants, mix = reply
     return ClusterState(
         now_ms=int(now),
         queues=tuple(sorted((_queue(row) for row in queues), key=lambda row: row.shape_id)),
@@ -233,4 +234,5 @@ def state(reply: list[Any]) -> ClusterState:
         dask=dask == b"ok" if dask else None,
         dask_ms=_ms(dask_since),
         tenants=tuple(sorted((_tenant(row) for row in tenants), key=lambda row: row.tenant)),
+        mix=decode_mix(mix),
     )

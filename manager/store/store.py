@@ -17,6 +17,7 @@ import msgspec
 from manager.core.errors import QuotaExceeded, RegistrationRefused, StoreFull, StoreUnavailable
 from manager.core.keys import SCHEMA_VERSION, Keys
 from manager.core.lifecycle import Cordon, SlotFlag, TaskStatus
+from manager.core.mix import Mix, encode_mix
 from manager.core.model import (
     BeatReply,
     Claim,
@@ -365,6 +366,10 @@ class Store:
         """What the leader has planned: how many slots are held, and at which depth a shape asks for another round."""
         args = [value for pair in wake_at for value in pair]
         return bool(await self._run("ry_planned", token, held, *args) != b"STALE")
+
+    async def put_mix(self, token: int, mix: Mix) -> bool:
+        """The mix of requests that the scheduler has learned. False: the token is stale."""
+        return bool(await self._run("ry_mix", token, encode_mix(mix)) != b"STALE")
 
     async def share(self, token: int, tenants: Sequence[TenantRow], vtimes: Iterable[tuple[str, float]]) -> bool:
         """What tenants may have at work and what they have had, and the same of shapes. False: the token is stale."""

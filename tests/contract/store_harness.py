@@ -269,6 +269,7 @@ for _, key in ipairs(redis.call('KEYS', ARGV[1] .. '*')) do
   elseif kind == 'set' then value = redis.call('SMEMBERS', key)
   elseif kind == 'zset' then value = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
   elseif kind == 'stream' then value = redis.call('XRANGE', key, '-', '+')
+  elseif kind == 'string' then value = redis.call('GET', key)
   end
   out[#out + 1] = { string.sub(key, #ARGV[1] + 1), kind, value }
 end
@@ -284,6 +285,7 @@ class Dump:
     sets: dict[str, set[str]]
     zsets: dict[str, dict[str, float]]
     ends: list[dict[str, str]]
+    strings: dict[str, str]
 
     def group(self, prefix: str) -> dict[str, dict[str, str]]:
         """Records by id."""
@@ -302,7 +304,7 @@ class Dump:
 
 async def dump(store: Store) -> Dump:
     """Read everything in one step."""
-    found = Dump({}, {}, {}, [])
+    found = Dump({}, {}, {}, [], {})
     for key, kind, value in await store.connection.call("EVAL", _DUMP, 0, store.keys.prefix):
         name = key.decode()
         if name == "journal":
@@ -315,6 +317,8 @@ async def dump(store: Store) -> Dump:
             found.sets[name] = {item.decode() for item in value}
         elif kind == b"zset":
             found.zsets[name] = {key: float(score) for key, score in _pairs(value).items()}
+        elif kind == b"string":
+            found.strings[name] = value.decode()
     return found
 
 

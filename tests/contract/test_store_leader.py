@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from manager.core.lifecycle import SlotFlag, SlotStatus, TaskStatus
+from manager.core.mix import NO_MIX, mix_of
 from manager.core.model import TenantRow
+from manager.core.quantities import GIB
+from manager.core.shapes import Resources
 from tests.contract.store_harness import RED, Lab, check_invariants, dump, end, granted, submission
 
 
@@ -37,6 +40,7 @@ async def test_a_resigned_term_is_free_at_once(lab: Lab):
 
 
 HIGH = submission(memory_gib=9).shape_id
+MIX = mix_of([(Resources(GIB, architectures=("cdna3",)), 0.75), (Resources(2 * GIB, 2), 0.25)], 8)
 Write = Callable[[Lab, int, dict[str, Any]], Awaitable[object]]
 WRITES: dict[str, tuple[Write, object]] = {
     # name: the call with a token, its answer to an old one
@@ -46,6 +50,7 @@ WRITES: dict[str, tuple[Write, object]] = {
     "flag": (lambda lab, token, w: lab.store.flag(token, SlotFlag.CLOSE, [w["open"]]), False),
     "lost": (lambda lab, token, w: lab.store.lost(token, "n1", w["incarnation"]), (False, [])),
     "planned": (lambda lab, token, w: lab.store.planned(token, 3, [(RED, 7)]), False),
+    "mix": (lambda lab, token, w: lab.store.put_mix(token, MIX), False),
     "share": (lambda lab, token, w: lab.store.share(token, [TenantRow(tenant="red", gpus_max=1)], [(RED, 7.0)]), False),
     "age": (lambda lab, token, w: lab.store.age(token, 0.0, [RED, HIGH]), None),
     "reached": (lambda lab, token, w: lab.store.reached(token, dask=True), False),
@@ -72,6 +77,15 @@ async def test_no_write_of_an_old_leader_has_an_effect(lab: Lab, name: str):
         assert await dump(lab.store) == before, "an old leader's write had an effect"
     assert await write(lab, lab.token, world) != refusal
     assert await dump(lab.store) != before
+
+
+async def test_the_mix_of_requests_is_in_the_look_as_it_was_told(lab: Lab):
+    await lab.lead()
+    assert (await lab.store.look(leader=False)).mix == NO_MIX
+    assert await lab.store.put_mix(lab.token, MIX)
+    assert (await lab.store.look(leader=False)).mix == MIX
+    await lab.raw("SET", lab.store.keys.prefix + "mix", b'{"revision":"r","shares":"of a later version"}')
+    assert (await lab.store.look(leader=False)).mix == NO_MIX, "a mix that cannot be read broke the look, or was believed"
 
 
 async def test_only_slots_that_nobody_opened_are_dropped(lab: Lab):

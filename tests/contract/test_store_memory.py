@@ -4,6 +4,7 @@ import pytest
 
 from manager.core.errors import StoreFull
 from manager.core.lifecycle import Outcome, SlotFlag, TaskStatus
+from manager.core.mix import NO_MIX
 from tests.contract.store_harness import INFO, RED, Lab, end, granted
 
 
@@ -50,6 +51,7 @@ async def test_a_full_store_refuses_submissions_and_nothing_else(lab: Lab, full)
     await lab.store.close_slot(slot, agent.incarnation, "Idle")
     assert await lab.store.fence(lab.token, "Test", [other])
     assert await lab.store.planned(lab.token, 0, [(claim.task_id, 1)])
+    assert await lab.store.put_mix(lab.token, NO_MIX)
     await lab.store.look(leader=True)
     assert len((await lab.store.tasks("red", None, 10, None, ""))[1]) == 8
     assert (await lab.store.lost(lab.token, "n1", agent.incarnation))[0]

@@ -153,6 +153,11 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "redis.call('HSET', p .. 'leader', 'held'",
         old_leader("planned"),
     ),
+    "token not checked on mix": (
+        "if not leads(p, args[1]) then return 'STALE' end\n  redis.call('SET', p .. 'mix'",
+        "redis.call('SET', p .. 'mix'",
+        old_leader("mix"),
+    ),
     "token not checked on sweep": (
         "if not leads(p, args[1]) then return { 0, 0 } end",
         "",

@@ -7,6 +7,7 @@ import pytest
 from manager.client import task_request
 from manager.core.foresee import When
 from manager.core.lifecycle import TaskStatus
+from manager.core.mix import Mix
 from manager.core.quantities import GIB
 from manager.core.snapshot import decode_snapshot, encode_snapshot, replays
 from manager.policies import policy_named, policy_names
@@ -57,3 +58,25 @@ def test_a_snapshot_of_a_live_cluster_replays(cluster: Cluster) -> None:
     again = decode_snapshot(encode_snapshot(snapshot))
     policies = [policy_named(name) for name in policy_names()]
     assert replays(again, policies) == replays(snapshot, policies)
+
+
+def test_what_the_scheduler_has_learned_is_known_outside_and_outlives_it(cluster: Cluster) -> None:
+    def learned(sizes: range) -> Mix:
+        """What the store has, once slots of all these sizes were asked for and the scheduler has told of them."""
+        call = {"path": str(cluster.witness_path), "seconds": 0}
+        cluster.wait_all([cluster.client.submit("hold", call, memory=f"{size}GiB") for size in sizes])
+
+        def told() -> Mix | None:
+            mix = cluster.state().mix
+            return mix if any(needs.memory_bytes // GIB in sizes for needs, _ in mix.shares) else None
+
+        return eventually(told, 20, "what was learned, in the store")
+
+    before = learned(range(2, 10))
+    assert cluster.client.snapshot().demand == before.shares
+    scheduler = cluster.role("scheduler")
+    scheduler.kill()
+    cluster.wait_role("scheduler", scheduler.pid)
+    after = learned(range(12, 20))
+    assert after.counted > before.counted, "the next scheduler began anew"
+    assert {needs for needs, _ in before.shares} <= {needs for needs, _ in after.shares}

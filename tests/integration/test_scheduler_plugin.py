@@ -9,6 +9,7 @@ from distributed import Future
 
 import rocyard
 from manager.core.gpu_tasks import GpuAnnotationRefused
+from manager.core.news import News
 from manager.core.quantities import GIB
 from manager.core.shapes import Grant, encode_shape
 from plugins.scheduler import dask_setup
@@ -466,3 +467,20 @@ async def test_a_second_preload_changes_nothing(world):
     await world.submit("s")
     await eventually(lambda: "s" in agent.live, "it is open")
     assert await world.where("s") == ["placed"]
+
+
+async def test_the_mix_of_requests_is_told_until_it_is_known(world):
+    names = [f"s{number}" for number in range(8)]
+    for number, name in enumerate(names):
+        await world.submit(name, 4 + number % 2)
+    await world.held(*names)
+    await world.dask.slots()
+    told = world.dask.mix
+    assert told == world.ledger.mix.told
+    assert dict(told.shares) == {make.need(4): 0.5, make.need(5): 0.5}
+    await world.dask.tell(News(mix_known=told.revision))
+    await world.dask.slots()
+    assert world.dask.mix is None
+    await world.dask.tell(News(mix_known="of another scheduler"))
+    await world.dask.slots()
+    assert world.dask.mix == told

@@ -9,9 +9,10 @@ from collections import Counter
 
 import msgspec
 
-from manager.core.ahead import Setup, ahead_of
+from manager.core.ahead import Setup, ahead_of, with_mix
 from manager.core.foresee import Forecast, When, Wish, foresee
 from manager.core.index import index_of
+from manager.core.mix import decode_mix, encode_mix
 from manager.core.model import TenantRow
 from manager.core.policies import DEFAULT_POLICY
 from manager.core.shapes import Shape, shape_id
@@ -65,19 +66,26 @@ class Asking(World):
         self.seed = seed
         self.cases: list[Case] = []
         self.ended = 0  # tasks and slots, so far
+        self.stored = b""  # the mix of requests in the store
 
     def ask(self, shape: Shape, run_s: float) -> None:
         name = shape_id(shape)
         if name not in self.shapes:
             self.shape(name, shape)
         rows = tuple(TenantRow(tenant=shape.tenant) for shape in self.shapes.values())
-        state = accounted(msgspec.structs.replace(self.look(), tenants=rows), *self.vtimes, 0.0)
-        setup = msgspec.structs.replace(SETUP, demand=self.ledger.mix.demand)  # what the scheduler has learned
+        looked = msgspec.structs.replace(self.look(), tenants=rows, mix=decode_mix(self.stored))
+        state = accounted(looked, *self.vtimes, 0.0)
+        setup = with_mix(SETUP, state.mix)
         (said,) = foresee([Wish(shape)], ahead_of(state, index_of(state), setup), setup)
         task = Task(self.now_s, run_s)
         self.tasks[name].append(task)
         self.cases.append(Case(self.seed, self.now_s, shape, said, task, self.ended))
         self.submit(name, task)
+
+    def round(self, due_s: float) -> None:
+        if due_s == self.round_at_s:
+            self.stored = encode_mix(self.ledger.mix.told)  # as it was before what this round asks for
+        super().round(due_s)
 
     def claim(self, slot_id: str) -> None:
         super().claim(slot_id)

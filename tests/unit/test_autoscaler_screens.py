@@ -47,6 +47,16 @@ def test_what_is_not_known_and_what_went_wrong_are_told() -> None:
         assert part in shown
 
 
+def test_in_eighty_columns_words_are_broken_and_nothing_is_lost() -> None:
+    decision = msgspec.structs.replace(DECISION, infeasible={"ExceedsLargestDevice": 3, "TooFewDevices": 12})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(history_screen([decision], NOW))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    for word in "30s ago NeedAboveSize; 12 infeasible: TooFewDevices add big-2, big-3".split():  # noqa: SIM905
+        assert word in shown
+
+
 def test_without_decisions_it_says_why() -> None:
     assert "no decisions yet" in text(history_screen([]))
 

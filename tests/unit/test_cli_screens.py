@@ -138,6 +138,19 @@ def test_everything_that_was_asked_for_is_shown():
     assert "2 × 24 GiB, at most" in " ".join(shown(screens_tasks.task_screen(view())).split())
 
 
+def test_memory_that_devices_share_is_shown_once():
+    devices = [device(uuid=f"u{at}", index=at, pool="p" if at < 2 else "q") for at in range(3)]
+    lines = shown(screens_cluster.workers_screen([worker(*devices, device(uuid="own", index=3))])).splitlines()
+    assert ["191 GiB" in line for line in lines if line.startswith("  ")] == [True, False, True, True]
+    assert lines[3].split()[:6] == ["1", "MI300X", "is", "that", "of", "0"]
+
+
+def test_nodes_with_the_same_labels_are_told_together():
+    nodes = [worker(device(), node=f"n{at}", labels={"zone": "a" if at else "b"}) for at in range(6)]
+    lines = [line.strip() for line in shown(screens_cluster.workers_screen(nodes)).splitlines() if "labels" in line]
+    assert lines == ["n0: labels zone=b", "n1, n2, n3 and 2 more: labels zone=a"]
+
+
 def test_who_has_a_device_and_the_labels_of_nodes_are_shown():
     text = shown(SCREENS["workers in use"]())
     assert "node-0/0: a slot has it for itself" in text

@@ -86,7 +86,7 @@ def test_few_devices_have_a_row_each_below_their_node(nodes):
 
 def test_many_devices_stand_side_by_side_and_do_not_overlap():
     index = make.index({f"node-{number}": [192] * 8 for number in range(64)})
-    index.nodes["node-10"].cordoned = True
+    index.mark("node-10", cordoned=True)
     view = view_of(index)
     layout = view.layout
     assert layout.dense
@@ -113,9 +113,9 @@ def test_the_largest_cluster_is_drawn_in_a_fraction_of_its_second():
 def test_what_is_wrong_is_marked_and_said():
     index = make.index({"a": [100, 100], "b": [100], "c": [100], "d": [100]})
     index.observe("a", make.use("d1", healthy=False), 1.0)
-    index.nodes["b"].cordoned = True
-    index.nodes["c"].reachable = False
-    index.nodes["d"].lost = True
+    index.mark("b", cordoned=True)
+    index.mark("c", reachable=False)
+    index.mark("d", lost=True)
     view = view_of(index)
     assert marks_data(view)["text"] == ["✕ unhealthy"]
     text = summary_html(view)
@@ -179,7 +179,7 @@ def test_spans(numbers, text):
 def test_words_of_others_are_shown_and_do_nothing():
     index = make.index({EVIL: [100]})
     index.lease("s1", make.grant(EVIL, "d0", 20))
-    index.nodes[EVIL].cordoned = True
+    index.mark(EVIL, cordoned=True)
     view = view_of(index, shapes={"s1": make.shape(20, tenant=EVIL)})
     html = summary_html(view) + "".join(pieces_data(view)["tip"])
     assert EVIL not in html

@@ -15,7 +15,7 @@ from manager.core.ahead import Setup, ahead_of
 from manager.core.foresee import PlanView, ScaleStep, When, Wish, foresee
 from manager.core.index import index_of
 from manager.core.lifecycle import SlotFlag
-from manager.core.model import ClusterState, NodeRow
+from manager.core.model import ClusterState, NodeRow, TenantRow
 from manager.core.node_kinds import node_kind
 from manager.core.packing import PackGroup
 from manager.core.planner import plan
@@ -133,6 +133,7 @@ def test_each_policy_replays_it_and_steps_say_where() -> None:
         assert all(step.node for step in each.steps if step.what == "open")
     text = shown(replay_screen(made, found), 120)
     assert all(policy in text for policy in POLICIES)
+    assert "…" not in shown(replay_screen(made, found))
     one = shown(replay_screen(made, found[:1]), 120)
     assert "open" in one
 
@@ -164,6 +165,38 @@ def test_what_is_no_snapshot_is_told(tmp_path: Path, capsys, content, code, word
         path.write_bytes(content)
     assert main(["replay", str(path)]) == code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("drain_target_s", 1e308, "1e+308 is not a number from 0.001 to 31622400 - at `$.drain_target_s`"),
+        ("limits.drain_target_s", 0, "$.limits.drain_target_s"),
+        ("limits.slots_per_shape_max", 2**62, "$.limits.slots_per_shape_max"),
+        ("state.queues.0.shape.gpus", -1, "$.state.queues[0].shape.gpus"),
+        ("state.queues.0.shape.memory_bytes", 2**63, "$.state.queues[0].shape.memory_bytes"),
+        ("state.queues.1.run_s", 1e308, "$.state.queues[1].run_s"),
+        ("state.queues.1.depth", 2**64, "-9007199254740992 to 9007199254740992 - at `$.state.queues[1].depth`"),
+        ("state.nodes.1.info.devices.0.memory_bytes", 2**64, "$.state.nodes[1].info.devices[0].memory_bytes"),
+        ("state.nodes.0.info.cpus", 2**62, "$.state.nodes[0].info.cpus"),
+        ("state.slots.0.memory_bytes", -1, "$.state.slots[0].memory_bytes"),
+        ("state.tenants.0.weight", 0, "$.state.tenants[0].weight"),
+    ],
+)
+def test_a_number_that_nothing_can_be_decided_on_is_told(tmp_path: Path, capsys, path, value, says) -> None:
+    whole = msgspec.structs.replace(state(), tenants=(TenantRow(tenant="u"),))
+    found = json.loads(encode_snapshot(snapshot_of(whole, SETUP)))
+    *way, name = (int(part) if part.isdigit() else part for part in path.split("."))
+    inner = found
+    for part in way:
+        inner = inner[part]
+    inner[name] = value
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps(found))
+    assert main(["replay", str(file)]) == Exit.USAGE
+    err = capsys.readouterr().err
+    assert "is a damaged snapshot" in err
+    assert says in err
 
 
 def test_replay_by_the_command(tmp_path: Path, capsys) -> None:

@@ -446,7 +446,7 @@ def test_what_is_not_tried_would_not_have_fitted(troubles, data):
             case "sick":
                 ledger.index.observe(node, make.use("d0", healthy=False), 1.0)
             case "cordoned":
-                ledger.index.nodes[node].cordoned = True
+                ledger.index.mark(node, cordoned=True)
     needs = st.builds(
         make.need,
         st.sampled_from([2, 12, 20, 40]),
@@ -676,3 +676,22 @@ def test_whatever_comes_nothing_is_promised_twice_and_nobody_is_forgotten(histor
         for agent in agents.values():
             for uuid in ("d0", "d1"):
                 assert sum(held.memory_bytes for held in agent.values() if uuid in held.devices) <= 24 * GIB
+
+
+def test_room_is_not_taken_on_a_node_that_is_called_otherwise_by_now():
+    """The next worker of the node has another address or host: a task that must go to the last one waits."""
+    ledger = Ledger(reserve_after_s=1.0)
+    ledger.register(make.report("a", [24]), 0.0, names=("h1",))
+    ask(ledger, "s", 16.0)
+    decided(ledger)
+    large = make.shape(20)
+    ledger.ask(SlotRequest("large", large, kind=SlotKind.DIRECT, places=frozenset({"h1"})), 1.0)
+    ask(ledger, "passes", 2.0)
+    decided(ledger, 2.0)
+    decided(ledger, 4.0)
+    assert set(ledger.reserved) == {"large"}
+    ledger.register(make.report("a", [24]), 5.0, names=("h2",))
+    assert (ledger.reserved, ledger.index.kept) == ({}, {})
+    assert "large" not in decided(ledger, 5.0)
+    ledger.register(make.report("a", [24]), 6.0, names=("h1",))
+    assert decided(ledger, 6.0) == {"large": make.grant("a", "d0", 20)}

@@ -13,6 +13,7 @@ from manager.core.placement import Reason, devices_for, find
 from manager.core.policies import FirstFit
 from manager.core.quantities import GIB
 from manager.core.shapes import Resources
+from manager.core.verdicts import FITS, verdicts_of
 from tests.unit import factories as make
 
 
@@ -38,7 +39,12 @@ CAPACITY = Capacity.of(FLEET.items(), ())
 @pytest.mark.parametrize(
     ("asked", "reason", "node", "says"),
     [
-        (make.need(500), Reason.EXCEEDS_LARGEST_DEVICE, "amd", "AMD Instinct MI300X on amd, can hold 191.5 GiB."),
+        (
+            make.need(500),
+            Reason.EXCEEDS_LARGEST_DEVICE,
+            "amd",
+            "MI300X on amd, can hold 191.5 GiB, in leases of at most 191 GiB.",
+        ),
         (make.need(100, 2, architectures=("sm_90",)), Reason.NO_MATCHING_ARCHITECTURE, "amd", "2 devices that are sm_90"),
         (make.need(30, architectures=("rdna3",)), Reason.EXCEEDS_LARGEST_DEVICE, "desk", "any such device"),
         (make.need(1, architectures=("gfx950",)), Reason.NO_MATCHING_ARCHITECTURE, "amd", "gfx942 (AMD Instinct MI300X)"),
@@ -150,3 +156,39 @@ def test_a_request_is_refused_if_and_only_if_no_empty_node_takes_it(asked, names
         view = index.nodes[grant.node]
         assert len(set(grant.devices)) == asked.gpus
         assert all(view.devices[uuid].kind.matches(asked) for uuid in grant.devices)
+
+
+@given(asked=REQUESTS, names=st.lists(st.sampled_from(sorted(FLEET)), min_size=1, max_size=3, unique=True))
+def test_an_explanation_gives_the_reason_of_the_refusal(asked, names):
+    refusal = Capacity.of([(name, FLEET[name]) for name in names], ()).refusal(asked)
+    state = empty(names)
+    nearest, *_ = verdicts_of(asked, index_of(state), {row.node: row for row in state.nodes}, 0)
+    assert nearest.verdict == (FITS if refusal is None else refusal.reason)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (
+            make.need(192),
+            "512 MiB more than it could ever hold; its largest device holds 191.5 GiB, in leases of at most 191 GiB",
+        ),
+        (make.need(192, 2), "2 of its devices at once each hold 191.5 GiB, in leases of at most 191 GiB"),
+        (make.need(192, device_model="mi300x"), "its largest such device holds 191.5 GiB"),
+        (make.need(1, 3), "it has 2 of the 3 devices"),
+    ],
+)
+def test_a_node_says_what_it_could_hold_at_most(asked, says):
+    (found,) = verdicts_of(asked, index_of(empty(["amd"])), {}, 0)
+    assert says in found.detail
+
+
+def test_devices_that_share_memory_hold_less_at_once():
+    row = NodeRow(node="n", incarnation="i", beat=1, info=pooled(2, 1, 47), address="tcp://x")
+    (found,) = verdicts_of(make.need(24, 2), index_of(ClusterState(0, (), (), (row,))), {}, 0)
+    assert found.detail == "2 of its devices at once each hold 23.5 GiB"
+
+
+def test_of_nodes_with_too_few_devices_the_one_with_most_is_nearest():
+    found = verdicts_of(make.need(1, 3), index_of(empty(["desk", "amd", "green"])), {}, 0)
+    assert [each.node for each in found] == ["amd", "desk", "green"]

@@ -36,8 +36,8 @@ def cordoned(state: ClusterState, node: str = "a", mode: Cordon = Cordon.DRAIN, 
     return msgspec.structs.replace(state, nodes=rows)
 
 
-def planned(state: ClusterState, held=(), limits=make.LIMITS, vtimes=None):
-    return plan(state, index_of(state), frozenset(held), vtimes or {}, limits)
+def planned(state: ClusterState, held=(), limits=make.LIMITS):
+    return plan(state, index_of(state), frozenset(held), limits)
 
 
 # --- drains -------------------------------------------------------------------------------------------------------
@@ -94,9 +94,12 @@ def test_slots_that_are_drained_are_replaced_elsewhere():
 
 def test_slots_of_a_cordoned_node_serve_on_and_nothing_is_closed_to_place_there():
     slots = [make.opened(f"s{i}", "x", "a", "d0", age_s=600) for i in range(3)]
-    queues = [make.queue("x", make.shape(8), 3, run_s=10.0), make.queue("y", make.shape(24), 1, run_s=10.0)]
-    state = cordoned(make.state([*queues], [*slots, make.requested("h", "y")], NODE), mode=Cordon.CORDON)
-    assert planned(state, held=["h"], vtimes={"x": 900.0}).close == (), "a slot ended for one that cannot come there"
+    had = msgspec.structs.replace(make.queue("x", make.shape(8), 3, run_s=10.0), vtime_s=900.0)
+    queues = [had, make.queue("y", make.shape(24), 1, run_s=10.0)]
+    there = make.state(queues, [*slots, make.requested("h", "y")], NODE)
+    assert planned(there, held=["h"]).close, "or it would not be the cordon that keeps them"
+    state = cordoned(there, mode=Cordon.CORDON)
+    assert planned(state, held=["h"]).close == (), "a slot ended for one that cannot come there"
 
 
 # --- warm ---------------------------------------------------------------------------------------------------------
@@ -205,7 +208,8 @@ def test_a_dask_task_is_never_closed_by_the_plan():
     )
     state = make.state([make.queue("y", make.shape(24), 1)], [direct, make.requested("h", "y")], NODE)
     answer = planned(state, held=["h"], limits=limits)
-    assert (answer.close, answer.keep) == ((), ())
+    assert answer.close == ()
+    assert [slot for slot, _ in answer.keep] == ["h"], "its room is kept for who waits, for when it ends by itself"
 
 
 # --- the reserve --------------------------------------------------------------------------------------------------
@@ -232,7 +236,6 @@ def snapshot(state: ClusterState, silent=(), **parts: DependencyState) -> Snapsh
     known = {"store": DependencyState.OK, "scheduler": DependencyState.OK, **parts}
     return Snapshot(
         state=state,
-        index=index_of(state),
         silent=frozenset(silent),
         capacity=Capacity({}),
         leader=LeaderView("me", 1, True),

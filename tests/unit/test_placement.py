@@ -72,15 +72,15 @@ def kept(ledger):
 
 
 def cordoned(ledger):
-    ledger.nodes["a"].cordoned = True
+    ledger.mark("a", cordoned=True)
 
 
 def unreachable(ledger):
-    ledger.nodes["a"].reachable = False
+    ledger.mark("a", reachable=False)
 
 
 def lost(ledger):
-    ledger.nodes["a"].lost = True
+    ledger.mark("a", lost=True)
 
 
 def full_of_slots(ledger):
@@ -146,7 +146,7 @@ def test_the_nearest_miss_counts_the_last_device_that_is_needed():
 
 def test_a_device_too_small_when_empty_says_so_even_on_a_cordoned_node():
     ledger = make.index({"a": [8]})
-    ledger.nodes["a"].cordoned = True
+    ledger.mark("a", cordoned=True)
     assert chosen(place(make.need(16), ledger)) == {"a": Reason.EXCEEDS_LARGEST_DEVICE}
 
 
@@ -187,7 +187,7 @@ def test_the_same_incarnation_keeps_its_leases_and_marks_another_one_ends_them()
     ledger = make.index({"a": [24]})
     ledger.lease("s", make.grant("a", "d0", 8))
     ledger.observe("a", make.use("d0", foreign=2, s=9), 1.0)
-    ledger.nodes["a"].lost = True
+    ledger.mark("a", lost=True)
     ledger.add_node("a", "i1", make.devices(24), 0)
     assert ledger.nodes["a"].pools["d0"].free_bytes == 13 * GIB
     assert ledger.nodes["a"].lost
@@ -313,8 +313,7 @@ def apply(ledger, delta, now_s):
         case "observe", node, uuid, gib, slot, slot_gib, healthy:
             ledger.observe(node, make.use(uuid, foreign=gib, healthy=healthy, **{slot: slot_gib}), now_s)
         case "mark", node, name, value:
-            if node in ledger.nodes:
-                setattr(ledger.nodes[node], name, value)
+            ledger.mark(node, **{name: value})
 
 
 def rebuilt(ledger):
@@ -323,8 +322,7 @@ def rebuilt(ledger):
     for name, view in ledger.nodes.items():
         gib = {uuid: pool.total_bytes / GIB for uuid, pool in view.pools.items()}
         fresh.add_node(name, view.incarnation, [make.device(uuid, size) for uuid, size in gib.items()], GIB)
-        for mark in ("cordoned", "lost", "reachable"):
-            setattr(fresh.nodes[name], mark, getattr(view, mark))
+        fresh.mark(name, **{mark: getattr(view, mark) for mark in ("cordoned", "lost", "reachable")})
     for slot, granted in ledger.grants.items():
         fresh.lease(slot, granted)
     for slot, granted in ledger.kept.items():
@@ -351,6 +349,35 @@ def test_deltas_give_the_index_that_is_built_afresh(history):
     for now_s, delta in enumerate(history):
         apply(ledger, delta, float(now_s))
         assert picture(ledger) == picture(rebuilt(ledger)) == picture(ledger.copy())
+
+
+@given(st.lists(deltas, max_size=15), st.lists(st.tuples(st.integers(0, 3), st.just(("copy",)) | deltas), max_size=30))
+def test_no_copy_changes_with_another(history, after):
+    """Copies, and copies of copies, with changes of their own in between: each is what those alone make of it."""
+    ledger = Index()
+    for now_s, delta in enumerate(history):
+        apply(ledger, delta, float(now_s))
+    ledgers, alone = [ledger], [list(history)]
+    for number, delta in after:
+        which = number % len(ledgers)
+        if delta[0] == "copy":
+            ledgers.append(ledgers[which].copy())
+            alone.append(list(alone[which]))
+        else:
+            apply(ledgers[which], delta, float(len(alone[which])))
+            alone[which].append(delta)
+    for each, made in zip(ledgers, map(played, alone), strict=True):
+        assert picture(each) == picture(made)
+        assert each.kept == made.kept
+        assert each.table.is_equal(made.table)
+        assert all(view is each.nodes[view.name] for view in each.table.views), "the columns stand for its own nodes"
+
+
+def played(history):
+    ledger = Index()
+    for now_s, delta in enumerate(history):
+        apply(ledger, delta, float(now_s))
+    return ledger
 
 
 @given(fleets, st.lists(st.one_of(st.tuples(st.just("place"), slots, wants), st.tuples(st.just("free"), slots)), max_size=30))

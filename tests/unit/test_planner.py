@@ -520,6 +520,22 @@ def test_a_slot_that_only_takes_turns_is_opened_last_of_all():
     assert answer.open == (Open("x", 1, 0), Open("o", 1, 0), Open("y", 1, 0))
 
 
+def test_room_that_is_kept_for_a_later_one_makes_no_earlier_one_wait():
+    """Of 23.5 GiB, 12 are on their way out. The urgent one fits now; each of the others only then."""
+
+    def waiting(name, gib, priority):
+        return msgspec.structs.replace(make.queue(name, make.shape(gib), 1), head=priority_offset(priority) + 1)
+
+    queues = [waiting("urgent", 9, 10), waiting("high", 20, 5), waiting("c", 10, 0), make.queue("x", make.shape(12), 0)]
+    ending = make.opened("x0", "x", "a", "d0", flag=SlotFlag.CLOSE)
+    slots = [ending, *(make.requested(f"h{name}", name) for name in ("urgent", "high", "c"))]
+    first = planned(make.state(queues, slots, {"a": [23.5]}), ["hurgent", "hhigh", "hc"])
+    assert [(slot, grant.memory_bytes // GIB) for slot, grant in first.keep] == [("hurgent", 9)]
+    after = [ending, make.opened("u", "urgent", "a", "d0"), *slots[2:]]
+    second = planned(make.state(queues, after, {"a": [23.5]}), ["hhigh", "hc"])
+    assert [slot for slot, _ in second.keep] == ["hhigh"], "it is placed: room is kept for the next in the line"
+
+
 def test_what_the_quota_keeps_waiting_takes_no_room_from_others_and_asks_for_none():
     queues = [make.queue("x", make.shape(24), 9, run_s=5.0), make.queue("o", make.shape(24, tenant="o"), 9, run_s=5.0)]
     slots = [make.opened("o0", "o", "a", "d0"), make.requested("h", "x")]

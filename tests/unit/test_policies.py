@@ -252,7 +252,7 @@ def afresh(ledger, nodes):
     for slot, granted in ledger.grants.items():
         fresh.lease(slot, granted)
     for name, view in ledger.nodes.items():
-        fresh.nodes[name].cordoned = view.cordoned
+        fresh.mark(name, cordoned=view.cordoned)
         for uuid, pool in view.pools.items():
             fresh.observe(name, make.use(uuid, foreign=pool.foreign_bytes / GIB), 0.0)
     return fresh
@@ -280,8 +280,7 @@ def test_what_is_remembered_is_what_would_be_said_afresh_and_it_fits(policy, nod
             case "foreign", node, uuid, gib:
                 ledger.observe(node, make.use(uuid, foreign=gib), 0.0)
             case "cordon", node, value:
-                if node in ledger.nodes:
-                    ledger.nodes[node].cordoned = value
+                ledger.mark(node, cordoned=value)
         fresh = afresh(ledger, nodes)
         assert find(probe, ledger, policy, demand) == find(probe, fresh, policy, demand)
         assert ledger.table.is_equal(fresh.table)

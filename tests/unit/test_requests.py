@@ -120,7 +120,7 @@ def test_a_refusal_says_in_which_task_which_field_and_what_the_nearest_is():
         refuse_infeasible(submission.shape, submission.spec.resources, capacity, "tasks[3].")
     assert str(refused.value) == (
         "tasks[3].resources.memory: 10.1 GiB (a lease of 10.5 GiB) is more than any device here could ever hold. "
-        "The largest device, M on a, can hold 10.0 GiB."
+        "The largest device, M on a, can hold 10 GiB."
     )
     assert refused.value.details == {
         "reason": "ExceedsLargestDevice",

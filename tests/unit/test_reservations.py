@@ -52,11 +52,11 @@ def test_no_room_where_nothing_new_may_go_or_others_have_it(trouble):
     view = index.nodes["a"]
     match trouble:
         case "cordoned":
-            view.cordoned = True
+            index.mark("a", cordoned=True)
         case "lost":
-            view.lost = True
+            index.mark("a", lost=True)
         case "unreachable":
-            view.reachable = False
+            index.mark("a", reachable=False)
         case "sick":
             index.observe("a", make.use("d0", healthy=False), 0.0)
         case "foreign":
@@ -128,3 +128,15 @@ def test_room_for_who_wants_a_device_alone_is_ready_when_nobody_is_there():
     assert not is_ready("x", index.kept["x"], index.nodes["a"])
     index.free("s")
     assert is_ready("x", index.kept["x"], index.nodes["a"])
+
+
+@pytest.mark.parametrize("more", [{"cpu_milli": 8000}, {"host_memory_bytes": 64 * GIB}, {"share_milli": 1000}])
+def test_room_is_ready_whatever_others_wait_for_that_it_does_not_ask_for(more):
+    """What another has kept and is not free yet is in the way only of who asks for the same."""
+    index = make.index({})
+    index.add_node("a", "i1", make.devices(24), 0, cpu_milli=8000, host_memory_bytes=64 * GIB)
+    leased(index, s=("a", "d0", make.need(2, **more)))
+    index.keep("other", grant_of(make.need(4, **more), "a", ("d0",)))
+    index.keep("large", grant_of(make.need(18), "a", ("d0",)))
+    assert is_ready("large", index.kept["large"], index.nodes["a"])
+    assert not is_ready("other", index.kept["other"], index.nodes["a"])

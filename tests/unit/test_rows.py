@@ -31,7 +31,7 @@ def task_row(**values: bytes) -> list[bytes | None]:
 
 
 def look(queues=(), slots=(), nodes=(), refused=(), dask=(b"", b"")):
-    return rows.state([1, list(queues), list(slots), list(nodes), list(refused), list(dask), []])
+    return rows.state([1, list(queues), list(slots), list(nodes), list(refused), list(dask), [], b""])
 
 
 def test_a_task_that_is_not_there_is_none():

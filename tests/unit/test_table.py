@@ -56,10 +56,10 @@ def test_a_node_that_takes_nothing_has_no_cpus_for_anybody(mark):
     made = ledger()
     value = getattr(made.nodes["b"], mark)
     table = made.table
-    setattr(made.nodes["b"], mark, not value)
+    made.mark("b", **{mark: not value})
     assert made.table is table
     assert table.hosts(make.need(0), np.arange(2)).tolist() == [0]
-    setattr(made.nodes["b"], mark, value)
+    made.mark("b", **{mark: value})
     assert made.table.hosts(make.need(0), np.arange(2)).tolist() == [0, 1]
 
 

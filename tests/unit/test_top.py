@@ -139,6 +139,23 @@ def test_the_frame_says_what_waits_what_runs_and_how_fast():
     assert row.split() == ["24", "GiB", "default", "1,200", "2", "3", "1", "61.0", "s", "4", "ms"]
 
 
+def test_what_else_is_asked_for_is_said_as_far_as_there_is_room():
+    asked = answers.ResourcesView(24 * GIB, 1, share=0.5, exclusive=True)
+    view = cluster(queues=(queue("s", 1, resources=asked),))
+    for width, said in ((80, "24 GiB, 50 … default "), (160, "24 GiB, 50 % of the compute, alone on the devi… default ")):
+        row = next(line for line in shown(view, width) if line.startswith("24 GiB"))
+        assert row.startswith(said), row
+        assert row.endswith("4 ms")
+
+
+def test_memory_that_devices_share_is_drawn_once():
+    parts = tuple(device(uuid=f"u{at}", index=at, pool="p") for at in range(2))
+    lines = shown(cluster(workers=(worker(devices=parts),)))
+    (second,) = [line for line in lines if line.strip().startswith("1 MI300X")]
+    assert second.endswith("its memory is that of 0")
+    assert "50 GiB of 100 GiB leased" in "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -374,6 +374,14 @@ local function planned(keys, args)
   return 'OK'
 end
 
+-- token, mix of requests as JSON: what the scheduler has learned of what comes.
+local function mix(keys, args)
+  local p = keys[1]
+  if not leads(p, args[1]) then return 'STALE' end
+  redis.call('SET', p .. 'mix', args[2])
+  return 'OK'
+end
+
 -- token, tenants n, n × (tenant, running_max, gpus_max, memory_max, weight, vtime), then (shape, vtime) …: what each tenant
 -- may have at work (0: no limit), and what it and its shapes have had. A higher limit wakes who waited for it.
 local function shares(keys, args)
@@ -493,6 +501,7 @@ redis.register_function { function_name = 'ry_lost', callback = lost, flags = { 
 redis.register_function { function_name = 'ry_leave', callback = leave, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_lead', callback = lead, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_planned', callback = planned, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_mix', callback = mix, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_shares', callback = shares, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_reached', callback = reached, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_sweep', callback = sweep, flags = { 'allow-oom' } }

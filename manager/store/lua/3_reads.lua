@@ -73,13 +73,13 @@ local function nodes_of(p)
 end
 
 -- look ("1": the controller, which takes note of what asked for it; "0": anybody): {now, queues, slots, nodes, refused nodes
--- with when and why, whether the leader reaches Dask and since when, tenants}.
+-- with when and why, whether the leader reaches Dask and since when, tenants, mix of requests}.
 local function state(keys, args)
   local p = keys[1]
   local now = now_ms()
   local dask = redis.call('HMGET', p .. 'leader', 'dask', 'dask_since')
   return { now, queues_of(p, args[1] == '1', now), slots_of(p), nodes_of(p), redis.call('HGETALL', p .. 'refused'),
-    { dask[1] or '', dask[2] or '' }, tenants_of(p, args[1] == '1') }
+    { dask[1] or '', dask[2] or '' }, tenants_of(p, args[1] == '1'), redis.call('GET', p .. 'mix') or '' }
 end
 
 local LIST_FIELDS = { 'state', 'function', 'attempt', 'shape', 'node', 'created', 'queued', 'started', 'finished',
