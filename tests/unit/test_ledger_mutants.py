@@ -70,11 +70,9 @@ FAULTS = [
     Fault("a share that is kept is free", index.DeviceView.settle, " - sum(self.kept.values())", ""),
     Fault("who was alone stays alone", index.NodeView.remove, "device.alone -= {slot}", "pass"),
     Fault("nobody is alone", index.NodeView.enter, "device.alone |= {slot}", "pass"),
-    Fault("room that is kept is not alone", index.NodeView.enter, "if grant.exclusive:", "if grant.exclusive and not kept:"),
     Fault("CPUs are not given back", index.NodeView.remove, "self.cpu_free_milli += grant.cpu_milli", "pass"),
     Fault("CPUs are not counted", index.NodeView.enter, "self.cpu_free_milli -= grant.cpu_milli", "pass"),
     Fault("memory of the host is not given back", index.NodeView.remove, "+= grant.host_memory_bytes", "+= 0"),
-    Fault("models stay loaded", index.NodeView.remove, "self.models[grant.model] -= 1", "pass"),
     Fault("a lost node is usable", index.NodeView.usable, " and not self.lost", ""),
     # Nodes that come and go
     Fault(
@@ -89,20 +87,12 @@ FAULTS = [
         "pool.foreign_bytes, pool.used = before.foreign_bytes,",
         "pool.foreign_bytes, pool.used = 0,",
     ),
-    Fault("a registration makes the sick well", index.Index.add_node, "before.sick & set(pool.devices)", "set()"),
     Fault("a registration forgets leases", index.Index.add_node, "fresh.enter(slot, grant)", "pass"),
-    Fault("a registration forgets what is kept", index.Index.add_node, "fresh.enter(slot, grant, kept=True)", "pass"),
     Fault("a second lease counts too", index.Index.lease, "if slot in self.grants:", "if False:"),
     Fault("a node that comes is not in the columns", index.Index.add_node, "self._table = None", "pass"),
     Fault("slots that a report does not have live on", ledger.Ledger.register, "if slot_id not in live:", "if False:"),
     Fault("a report's slots are not leased", ledger.Ledger.register, "index.lease(slot_id, grant, now_s)", "pass"),
     Fault("a node that registers has no worker", ledger.Ledger.register, "reachable=True", "reachable=None"),
-    Fault(
-        "a registration ends no cordon",
-        ledger.Ledger.register,
-        "there=report.cordoned",
-        "there=report.cordoned or report.node in self._cordoned_there",
-    ),
     Fault("a registration ends the leader's cordon", ledger.Ledger._note_cordon, "there or node in self._cordoned", "there"),
     Fault("nodes that are away are never forgotten", ledger.Ledger._forget_nodes, "now_s - since_s > GONE_S", "False"),
     Fault("a node with leases is forgotten", ledger.Ledger._forget_nodes, "if not self.index.nodes[node].slots:", "if True:"),
@@ -123,11 +113,9 @@ FAULTS = [
     Fault("a cancelled task is held", ledger.Ledger.forget, "self.held.discard(slot_id)", "pass"),
     Fault("what has ended keeps its lease", ledger.Ledger.ended, "self.index.free(slot_id, now_s)", "pass"),
     Fault("undoing leaves the lease", ledger.Ledger.undo, "if assignment.fresh:", "if False:"),
-    Fault("undoing ends a lease that was there", ledger.Ledger.undo, "if assignment.fresh:", "if True:"),
     Fault("undoing forgets", ledger.Ledger.undo, "self.hold(assignment.slot_id, now_s)", "pass"),
     Fault("a lease that is there is a fresh one", ledger.Ledger.decide, "fresh=leased is None", "fresh=True"),
     Fault("what is learned is not placed with", ledger.SlotRequest.resources, "self.learned or self.shape", "self.shape"),
-    Fault("who has other places is failed too", ledger.Ledger._new, " and not request.places", ""),
     *(
         Fault(f"what has failed is in everyone's way: {field}", ledger.asks_for_all_of, text, "True")
         for field, text in {
@@ -146,16 +134,7 @@ FAULTS = [
     Fault("room is taken without a look", ledger.Ledger._with_room, "is_ready(request.slot_id, kept, view)", "True"),
     Fault("room is never taken", ledger.Ledger._with_room, "is_ready(request.slot_id, kept, view)", "False"),
     Fault("room is kept in the ledger only", ledger.Ledger._keep_for, "self.index.keep(slot_id, grant)", "pass"),
-    Fault(
-        "the host that others have kept is kept again",
-        reservations.room_on,
-        "view.host_memory_bytes - sum(grant.host_memory_bytes for grant in kept)",
-        "view.host_memory_bytes",
-    ),
     Fault("room is ready with foreign memory in it", reservations.is_ready, "device.pool.free_bytes >= 0", "True"),
-    Fault(
-        "room is ready with too many slots", reservations.is_ready, "len(view.slots) + len(view.kept) > view.slots_max", "False"
-    ),
     # Columns and what is remembered of them
     Fault(
         "the first row never changes",
