@@ -17,9 +17,10 @@ from manager.core.mix import Mix
 from manager.core.model import ClusterState, QueueRow, SlotRow
 from manager.core.needs import Limits, needs_of, priority_rank
 from manager.core.packing import PackGroup
-from manager.core.placement import NO_DEMAND, Demand, Policy, find, victims
+from manager.core.placement import NO_DEMAND, Demand, Policy, find
 from manager.core.planner import plan
 from manager.core.shapes import Grant, Resources
+from manager.core.victims import victims
 
 UNKNOWN_END: Final = 1e9
 """In place of the seconds until a slot ends, where nothing is known: such a slot is named last."""

@@ -17,11 +17,12 @@ from manager.core.index import Index
 from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
 from manager.core.model import ClusterState, QueueRow, SlotRow, TenantRow, priority_of
 from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
-from manager.core.placement import find, victims
+from manager.core.placement import find
 from manager.core.policies import BEST_FIT
 from manager.core.reservations import best_room, grant_in, is_ready
 from manager.core.shapes import Grant, Resources
 from manager.core.shares import at_work, parts_of
+from manager.core.victims import victims
 
 WARM_COST: Final = 10.0
 """Ending an idle slot that is to be kept warm costs more than ending another idle one."""

@@ -12,8 +12,9 @@ from manager.core.index import Index
 from manager.core.lifecycle import SlotFlag, SlotKind, SlotStatus
 from manager.core.model import ClusterState
 from manager.core.packing import DirectDemand
-from manager.core.placement import find, victims
+from manager.core.placement import find
 from manager.core.policies import BEST_FIT
+from manager.core.victims import victims
 
 SEARCHES_MAX: Final = 16
 """Tasks that get room in one round; the others follow a moment later. Bounds a round's time."""

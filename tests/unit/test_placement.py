@@ -10,10 +10,11 @@ from hypothesis import given
 
 from manager.core import placement
 from manager.core.index import Index, index_of
-from manager.core.placement import Placed, Reason, Unplaced, Verdict, victims
+from manager.core.placement import Placed, Reason, Unplaced, Verdict
 from manager.core.policies import BEST_FIT
 from manager.core.quantities import GIB
 from manager.core.shapes import Grant, grant_of
+from manager.core.victims import victims
 from tests.unit import factories as make
 
 place = partial(placement.place, policy=BEST_FIT)

@@ -10,10 +10,10 @@ from manager.core.index import index_of
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import TenantRow, priority_offset
 from manager.core.needs import UNKNOWN_OPEN_MAX, slots_wanted, wake_depth
-from manager.core.placement import victims
 from manager.core.planner import AGAIN_S, NEVER, Open, plan
 from manager.core.quantities import GIB
 from manager.core.shapes import Grant
+from manager.core.victims import victims
 from tests.unit import factories as make
 
 NODE = {"a": [24]}

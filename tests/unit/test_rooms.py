@@ -10,11 +10,12 @@ from manager.core.index import Index
 from manager.core.model import ClusterState, NodeRow, QueueRow
 from manager.core.node_kinds import node_kind
 from manager.core.packing import DirectDemand, PackGroup, pack
-from manager.core.placement import Reason, devices_for, find, victims
+from manager.core.placement import Reason, devices_for, find
 from manager.core.policies import FirstFit
 from manager.core.quantities import GIB
 from manager.core.rooms import Part, Room
 from manager.core.shapes import Resources, grant_of, shape_of
+from manager.core.victims import victims
 from tests.unit import factories as make
 
 
