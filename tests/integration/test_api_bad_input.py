@@ -178,8 +178,8 @@ async def test_arguments_that_do_not_fit_are_named_by_path(world: World, args, w
 @pytest.mark.parametrize(
     ("resources", "words"),
     [
-        pytest.param({"memory": "500GiB"}, ["500 GiB", "MI300X", "node-1", "191.0 GiB"], id="memory"),
-        pytest.param({"memory": "192GiB"}, ["192 GiB", "191.0 GiB"], id="all of a device, where a part is reserved"),
+        pytest.param({"memory": "500GiB"}, ["500 GiB", "MI300X", "node-1", "191 GiB"], id="memory"),
+        pytest.param({"memory": "192GiB"}, ["192 GiB", "191 GiB"], id="all of a device, where a part is reserved"),
         pytest.param({"memory": "190.6GiB", "gpus": 2}, [], id="what fits once rounded up"),
         pytest.param({"memory": "1GiB", "gpus": 3}, ["3 devices", "more than 2"], id="devices"),
         pytest.param({"memory": "191.4GiB", "gpus": 2}, ["a lease of 192 GiB", "On 2 devices"], id="what rounding takes over"),
