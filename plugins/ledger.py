@@ -21,7 +21,7 @@ from manager.core.outlook import DemandCounter
 from manager.core.placement import Policy, Verdict, find, verdict
 from manager.core.policies import DEFAULT_POLICY
 from manager.core.reservations import best_room, grant_in, is_ready, room_on
-from manager.core.shapes import Grant, Resources, Shape, grant_of
+from manager.core.shapes import Grant, Resources, Shape, asks_for_all_of, grant_of
 from manager.core.table import Ints, Table
 from plugins.held import Held, Priority
 from plugins.node.link import Beat, Report
@@ -471,18 +471,3 @@ class Ledger:
     def _keep_for(self, slot_id: str, grant: Grant) -> None:
         self.index.keep(slot_id, grant)
         self.reserved[slot_id] = grant
-
-
-def asks_for_all_of(resources: Resources, other: Resources) -> bool:
-    """Whether what does not fit `other` cannot fit `resources`: they ask for as much of everything, and as strictly."""
-    return (
-        resources.memory_bytes >= other.memory_bytes
-        and resources.gpus >= other.gpus
-        and resources.share_milli >= other.share_milli
-        and resources.cpu_milli >= other.cpu_milli
-        and resources.host_memory_bytes >= other.host_memory_bytes
-        and resources.exclusive >= other.exclusive
-        and (not other.architectures or resources.architectures == other.architectures)
-        and (not other.device_model or resources.device_model == other.device_model)
-        and (not other.labels or set(other.labels) <= set(resources.labels))
-    )

@@ -20,7 +20,7 @@ from manager.core.needs import UNKNOWN_RUN_S, Limits, Need, priority_rank
 from manager.core.placement import find
 from manager.core.policies import BEST_FIT
 from manager.core.reservations import best_room, grant_in, is_ready
-from manager.core.shapes import Grant, Resources
+from manager.core.shapes import Grant, Resources, asks_for_all_of
 from manager.core.shares import at_work, parts_of
 from manager.core.victims import victims
 
@@ -57,22 +57,7 @@ class TooLarge:
         self._tried.append(resources)
 
     def __contains__(self, resources: Resources) -> bool:
-        return any(_needs_as_much(resources, tried) for tried in self._tried)
-
-
-def _needs_as_much(large: Resources, small: Resources) -> bool:
-    """Whether `large` fits nowhere where `small` does not."""
-    return (
-        large.memory_bytes >= small.memory_bytes
-        and large.gpus >= small.gpus
-        and large.share_milli >= small.share_milli
-        and large.cpu_milli >= small.cpu_milli
-        and large.host_memory_bytes >= small.host_memory_bytes
-        and large.exclusive >= small.exclusive
-        and small.architectures in ((), large.architectures)
-        and small.device_model in ("", large.device_model)
-        and set(small.labels) <= set(large.labels)
-    )
+        return any(asks_for_all_of(resources, tried) for tried in self._tried)
 
 
 def closes_of(

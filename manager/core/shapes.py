@@ -53,6 +53,21 @@ class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     model: str = ""
 
 
+def asks_for_all_of(resources: Resources, other: Resources) -> bool:
+    """Whether what does not fit `other` cannot fit `resources`: they ask for as much of everything, and as strictly."""
+    return (
+        resources.memory_bytes >= other.memory_bytes
+        and resources.gpus >= other.gpus
+        and resources.share_milli >= other.share_milli
+        and resources.cpu_milli >= other.cpu_milli
+        and resources.host_memory_bytes >= other.host_memory_bytes
+        and resources.exclusive >= other.exclusive
+        and (not other.architectures or resources.architectures == other.architectures)
+        and (not other.device_model or resources.device_model == other.device_model)
+        and (not other.labels or set(other.labels) <= set(resources.labels))
+    )
+
+
 class Shape(msgspec.Struct, frozen=True, omit_defaults=True):
     """What tasks have in common for placement.
 

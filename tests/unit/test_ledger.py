@@ -9,7 +9,7 @@ from manager.core.lifecycle import SlotKind
 from manager.core.placement import Reason, find
 from manager.core.policies import BEST_FIT
 from manager.core.quantities import GIB
-from manager.core.shapes import grant_of, shape_of
+from manager.core.shapes import asks_for_all_of, grant_of, shape_of
 from plugins.ledger import (
     GONE_S,
     KEPT_S,
@@ -20,7 +20,6 @@ from plugins.ledger import (
     DirectWaiting,
     Ledger,
     SlotRequest,
-    asks_for_all_of,
 )
 from tests.unit import factories as make
 
