@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
@@ -47,7 +47,6 @@ class _Many(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _task = msgspec.json.Decoder(TaskRequest).decode
 _plan = msgspec.json.Decoder(PlanRequest).decode
 _many = msgspec.json.Decoder(_Many).decode
-_key = msgspec.json.Decoder(KeyRequest).decode
 
 
 def task_request(body: bytes) -> tuple[TaskRequest, dict[str, Any]]:
@@ -56,12 +55,7 @@ def task_request(body: bytes) -> tuple[TaskRequest, dict[str, Any]]:
     Raises:
         BadRequest: says where, and what would be right.
     """
-    tree = checked_json(body)
-    try:
-        request = _task(body)
-    except msgspec.ValidationError as error:
-        _refuse(str(error), TaskRequest)
-    return request, _object(tree.get("args", {}), "args")
+    return _with_arguments(body, _task, TaskRequest)
 
 
 def plan_request(body: bytes) -> tuple[PlanRequest, dict[str, Any]]:
@@ -70,11 +64,16 @@ def plan_request(body: bytes) -> tuple[PlanRequest, dict[str, Any]]:
     Raises:
         BadRequest: says where, and what would be right.
     """
+    return _with_arguments(body, _plan, PlanRequest)
+
+
+def _with_arguments(body: bytes, decode: Callable[[bytes], R], kind: type[R]) -> tuple[R, dict[str, Any]]:
+    """A request that has arguments, and these as plain values."""
     tree = checked_json(body)
     try:
-        request = _plan(body)
+        request = decode(body)
     except msgspec.ValidationError as error:
-        _refuse(str(error), PlanRequest)
+        _refuse(str(error), kind)
     return request, _object(tree.get("args", {}), "args")
 
 
@@ -106,11 +105,7 @@ def key_request(body: bytes) -> KeyRequest:
     Raises:
         BadRequest: says where, and what would be right.
     """
-    checked_json(body)
-    try:
-        return _key(body)
-    except msgspec.ValidationError as error:
-        _refuse(str(error), KeyRequest)
+    return plain_request(body, KeyRequest)
 
 
 def plain_request(body: bytes, kind: type[R]) -> R:
