@@ -127,7 +127,7 @@ class TaskSettings(_Section, frozen=True):
     time_limit_s: Seconds = 3600.0
     time_limit_s_max: Seconds = 604_800.0
     grace_s: Seconds = 2.0
-    result_bytes_max: Bytes = 256 * KIB
+    result_bytes_max: Bytes = 256 * MIB
     log_bytes_max: Bytes = 64 * KIB
     retention_s: Seconds = 86_400.0
     retained_max: Count = 200_000
@@ -135,14 +135,27 @@ class TaskSettings(_Section, frozen=True):
     preempt_s: Annotated[float, msgspec.Meta(ge=0, le=31_622_400)] = 30.0
 
 
+class ResultSettings(_Section, frozen=True):
+    """Where results lie that are too large for the store, and checkpoints: a folder that all machines share, or another URL."""
+
+    url: str = ""
+    inline_bytes_max: Bytes = 256 * KIB
+
+
 class TenantSettings(_Section, frozen=True):
-    """What one tenant may have at once, and its part where room is short. A limit of 0 is none."""
+    """What one tenant may have at once, its part where room is short, and how long its tasks are kept.
+
+    A limit of 0 is none; a retention of 0 is that of `tasks`.
+    """
 
     active_tasks_max: Count = 100_000
     running_tasks_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
     gpus_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
     memory_bytes_max: Bytes = 0
     weight: Annotated[float, msgspec.Meta(ge=0.001, le=1000)] = 1.0
+    retries_per_minute_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 600
+    retention_s: Annotated[float, msgspec.Meta(ge=0, le=31_622_400)] = 0.0
+    retained_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
 
 
 class GroupSettings(_Section, frozen=True, kw_only=True):
@@ -227,6 +240,7 @@ class Settings(_Section, frozen=True):
     slots: SlotSettings = SlotSettings()
     placement: PlacementSettings = PlacementSettings()
     tasks: TaskSettings = TaskSettings()
+    results: ResultSettings = ResultSettings()
     tenant: TenantSettings = TenantSettings()
     tenants: dict[str, TenantSettings] = {}
     autoscaler: AutoscalerSettings = AutoscalerSettings()

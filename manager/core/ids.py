@@ -16,6 +16,23 @@ def new_id() -> str:
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
+_INDEX_DIGITS: Final = 4
+ARRAY_MAX: Final = 10_000
+"""Tasks of one array; the digits would do for a million."""
+
+
+def array_id() -> str:
+    """A fresh id of an array: its last digits are zeros, in the place of which each of its tasks has its index."""
+    return new_id()[:-_INDEX_DIGITS] + "0" * _INDEX_DIGITS
+
+
+def id_in_array(array: str, index: int) -> str:
+    """The id of one task of an array, which is the array's own for none: indexes are counted from 0, the digits from 1."""
+    number = index + 1
+    digits = "".join(_ALPHABET[number >> shift & 31] for shift in range(5 * (_INDEX_DIGITS - 1), -1, -5))
+    return array[:-_INDEX_DIGITS] + digits
+
+
 def is_id(text: str) -> bool:
     """Whether `text` could be an id of ours."""
     return _ID.match(text) is not None and len(text) == 26

@@ -20,6 +20,13 @@ class TaskStatus(enum.StrEnum):
     CANCELLED = "CANCELLED"
 
 
+class AfterFailed(enum.StrEnum):
+    """What becomes of a task when one that it waits for does not succeed."""
+
+    FAIL = "fail"  # it fails too, with DependencyFailed
+    RUN = "run"  # it runs all the same: it waits for their ends, not for their success
+
+
 class SlotStatus(enum.StrEnum):
     """Where a slot is in its life. An id opens once; CLOSED is its tombstone."""
 
@@ -57,6 +64,8 @@ class Outcome(enum.StrEnum):
 
     SUCCEEDED = "S"
     FAILED = "F"  # the function raised, or broke a limit: counts against max_attempts
+    FAILED_FOR_GOOD = "N"  # the same, with an error that its `retry_on` does not name: not tried again
+    OUT_OF_MEMORY = "O"  # the device had no memory left: once, it is tried again with more room, uncounted
     CANCELLED = "C"  # ended because its cancellation was asked
     CRASHED = "X"  # the executor died while this task alone could have been the cause
     SUSPECTED = "A"  # the executor died, others ran in it before: run this one again alone, no blame
@@ -91,6 +100,9 @@ CRASHES_MAX: Final = 3
 
 REMOVED_EXIT: Final = 90
 """Exit status of an agent whose node was removed: who supervises it must not start it again. No shell or library uses it."""
+
+ROOM_AFTER_OUT_OF_MEMORY: Final = 1.5
+"""A task whose device ran out of memory is tried once more with so many times the room."""
 
 LOSSES_MAX: Final = 50
 """Losses of infrastructure that a task survives: a bound against a cluster that cannot run it at all."""

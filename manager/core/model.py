@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import msgspec
 
 from manager.core.devices import Device
-from manager.core.lifecycle import Cordon, Outcome, SlotFlag, SlotKind, SlotStatus, TaskStatus
+from manager.core.lifecycle import AfterFailed, Cordon, Outcome, SlotFlag, SlotKind, SlotStatus, TaskStatus
 from manager.core.mix import NO_MIX, Mix
 from manager.core.shapes import Grant, Labels, Resources, Shape, grant_of, memory_class
 
@@ -39,6 +39,15 @@ class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         priority: -10 to 10, higher first.
         max_attempts: how often the function may fail before the task does.
         time_limit_s: seconds from start to end of one attempt.
+        retry_on: names of errors (classes, their bases, or reasons of ours) that are worth another attempt; none: all are.
+        start_timeout_s: seconds from submission until an executor has first taken it; 0: no limit.
+        total_timeout_s: seconds from submission to its end; 0: no limit.
+        deadline_ms: when it must have ended, by the store's clock; 0: no limit.
+        name: the tenant's own for it, unique among its tasks; empty: none.
+        after: tasks and arrays that must have ended before it may run.
+        after_failed: what becomes of it when one of these does not succeed.
+        count: of an array, how many tasks it has; each has the same spec. 0: this is no array.
+        index_as: the argument in which each task of an array finds its index; empty: in none.
     """
 
     function: str
@@ -47,15 +56,49 @@ class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0
     max_attempts: int = 1
     time_limit_s: float = 3600.0
+    retry_on: tuple[str, ...] = ()
+    start_timeout_s: float = 0.0
+    total_timeout_s: float = 0.0
+    deadline_ms: int = 0
+    name: str = ""
+    after: tuple[str, ...] = ()
+    after_failed: AfterFailed = AfterFailed.FAIL
+    count: int = 0
+    index_as: str = ""
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """One task on its way into the store."""
+    """One task, or one array of tasks, on its way into the store.
+
+    Attributes:
+        task_id: of an array, what `manager.core.ids.array_id` made.
+        digest: of what was asked for; tells a repeated request of a name from another one. Only needed with a name.
+    """
 
     task_id: str
     shape_id: str
     shape: Shape
     spec: TaskSpec
+    digest: str = ""
+
+
+class IdempotencyKey(msgspec.Struct, frozen=True):
+    """What makes a submission the same one again.
+
+    Attributes:
+        key: SHA-256 of the caller's key.
+        digest: of what was asked for.
+    """
+
+    key: str
+    digest: str
+
+
+class SubmitReply(msgspec.Struct, frozen=True):
+    """What was accepted: ids and statuses in the order of the request. `replayed`: now, or by an earlier request."""
+
+    tasks: tuple[tuple[str, TaskStatus], ...]
+    replayed: bool = False
 
 
 class TaskError(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,8 +109,62 @@ class TaskError(msgspec.Struct, frozen=True, omit_defaults=True):
     traceback: str = ""
 
 
+class ResultFile(msgspec.Struct, frozen=True):
+    """A result that is too large for the record: where it lies in the results store, its size, and its checksum in hex."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One attempt that has ended without ending its task, as the store keeps it.
+
+    Attributes:
+        why: the error's type, or what took the slot (NodeLost, AgentRestarted, Preempted …), or Returned.
+        message: of the error, cut.
+    """
+
+    node: str = ""
+    slot: str = ""
+    claimed_ms: int = 0
+    started_ms: int = 0
+    ended_ms: int = 0
+    why: str = ""
+    message: str = ""
+
+
+class ArrayRow(msgspec.Struct, frozen=True, kw_only=True):
+    """An array of tasks: how many it has, and how many have ended how. What has not ended is the rest.
+
+    Attributes:
+        made: tasks of it that have their record; the others follow.
+    """
+
+    array_id: str
+    tenant: str
+    function: str
+    count: int
+    made: int
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    created_ms: int = 0
+    spec: TaskSpec | None = None
+
+
 class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A task as the store has it. `result` is JSON."""
+    """A task as the store has it.
+
+    Attributes:
+        result: JSON; None where there is none, or where it lies in `result_file`.
+        claimed_ms: when its newest attempt was claimed.
+        waits: how many of the tasks that it comes after have not ended.
+        progress: 0 to 1, as its newest attempt said; None: it has said nothing.
+        checkpoint: what its attempts have reported last, for the next one.
+        array_id, index: the array that it belongs to, and its place there.
+        more_memory: it ran out of device memory once and asks for more room now.
+    """
 
     task_id: str
     status: TaskStatus
@@ -89,6 +186,15 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     spec: TaskSpec | None = None
     result: bytes | None = None
     error: TaskError | None = None
+    result_file: ResultFile | None = None
+    claimed_ms: int | None = None
+    waits: int = 0
+    progress: float | None = None
+    progress_message: str = ""
+    checkpoint: str = ""
+    array_id: str = ""
+    index: int | None = None
+    more_memory: bool = False
 
 
 class TaskEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,22 +212,34 @@ class TaskEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """A task that a slot has taken. `alone`: in a fresh executor, with no other task of its batch."""
+    """A task that a slot has taken.
+
+    Attributes:
+        alone: in a fresh executor, with no other task of its batch.
+        index: its place in its array; None: it is in none.
+        checkpoint: what an earlier attempt has reported last.
+        more_memory: it ran out of device memory once before.
+    """
 
     task_id: str
     attempt: int
     alone: bool
     spec: TaskSpec
+    index: int | None = None
+    checkpoint: str = ""
+    more_memory: bool = False
 
 
 class End(msgspec.Struct, frozen=True):
     """How an attempt ended, on its way to the store.
 
     Attributes:
-        payload: JSON of the result, or of a `TaskError`.
+        payload: JSON of the result, or of a `TaskError`; empty where there is a `file`.
         age_s: seconds since the executor took it; None where it never did.
         duration_s: seconds in the function; None where unknown.
         chance: in [0, 1), the jitter of a retry.
+        file: where the result lies.
+        room: of OUT_OF_MEMORY, the shape (id, and itself) with more room in which it is tried again.
     """
 
     task_id: str
@@ -131,6 +249,24 @@ class End(msgspec.Struct, frozen=True):
     age_s: float | None = None
     duration_s: float | None = None
     chance: float = 0.5
+    file: ResultFile | None = None
+    room: tuple[str, Shape] | None = None
+
+
+class ProgressNote(msgspec.Struct, frozen=True):
+    """What a running attempt has reported; None: nothing new of that.
+
+    Attributes:
+        progress: 0 to 1.
+        message: beside it, for people.
+        checkpoint: what the next attempt is to be given.
+    """
+
+    task_id: str
+    attempt: int
+    progress: float | None = None
+    message: str | None = None
+    checkpoint: str | None = None
 
 
 class MemoryNote(msgspec.Struct, frozen=True):

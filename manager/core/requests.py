@@ -4,12 +4,15 @@ Owns the names of JSON fields. Memory is integer bytes (``*_bytes``), times are 
 seconds (``*_s``). Unknown fields are refused. What the API gives is `manager.core.answers`.
 """
 
+import datetime as dt
 import difflib
 import enum
 from typing import Annotated, Final, TypedDict
 
 import msgspec
 
+from manager.core.ids import ARRAY_MAX
+from manager.core.lifecycle import AfterFailed
 from manager.core.model import PRIORITY_MAX, Priority
 from manager.core.selectors import LABELS_MAX
 from manager.core.shapes import CPU_MILLI_MAX, GPUS_MAX
@@ -24,6 +27,12 @@ PAGE_MAX: Final = 500
 """Tasks of one page: a page is one step of the store."""
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """What a tenant may be called: it becomes part of names in the store."""
+TASK_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$"
+"""What a tenant may call a task of its own."""
+AFTER_MAX: Final = 100
+"""Tasks that one task comes after: who waits for more names an array, or a task that gathers."""
+RETRY_ON_MAX: Final = 32
+"""Errors that one task names as worth another attempt."""
 ARCHITECTURES_MAX: Final = 16
 """Architectures of one request: whoever names more means any."""
 PRIORITIES: Final[dict[str, int]] = {"low": -5, "normal": 0, "high": 5, "urgent": PRIORITY_MAX}
@@ -57,6 +66,7 @@ AnyPriority = Annotated[
         examples=["high", 0],
     ),
 ]
+ErrorName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 Arguments = Annotated[
     msgspec.Raw,
     msgspec.Meta(description="The function's keyword arguments.", extra_json_schema={"type": "object"}),
@@ -124,7 +134,16 @@ class TaskRequest(Request, frozen=True):
         resources: what it needs.
         priority: higher first.
         max_attempts: how often the function may run if it fails.
+        retry_on: which errors are worth another attempt: names of exceptions, of their bases, or of reasons; none: all.
+        start_timeout: from its submission until it first starts.
         time_limit: how long one attempt may take.
+        total_timeout: from its submission to its end, with all attempts and pauses.
+        deadline: when it must have ended.
+        name: unique among your tasks: asked for again, the same request is the same task.
+        after: tasks and arrays that must have ended before; in a batch also numbers, of tasks that stand before it there.
+        after_failed: what becomes of it when one of those does not succeed.
+        count: makes it an array: so many tasks of the same kind.
+        index_as: the argument that gives each task of the array its index, from 0.
         allow_infeasible: accept it although no node that is known, or could be added, could ever hold it.
     """
 
@@ -133,7 +152,16 @@ class TaskRequest(Request, frozen=True):
     resources: ResourceRequest = ResourceRequest()
     priority: AnyPriority = 0
     max_attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+    retry_on: Annotated[tuple[ErrorName, ...], msgspec.Meta(max_length=RETRY_ON_MAX, examples=[["ConnectionError"]])] = ()
+    start_timeout: Duration | None = None
     time_limit: Duration | None = None
+    total_timeout: Duration | None = None
+    deadline: Annotated[dt.datetime, msgspec.Meta(tz=True)] | None = None
+    name: Annotated[str, msgspec.Meta(pattern=TASK_NAME_PATTERN, max_length=128, examples=["train-7"])] | None = None
+    after: Annotated[tuple[str | int, ...], msgspec.Meta(max_length=AFTER_MAX)] = ()
+    after_failed: AfterFailed = AfterFailed.FAIL
+    count: Annotated[int, msgspec.Meta(ge=1, le=ARRAY_MAX)] | None = None
+    index_as: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
     allow_infeasible: bool = False
 
 

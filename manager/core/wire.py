@@ -36,12 +36,21 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
         attempt: the fence; comes back in `Done`.
         target: ``module:callable``.
         args: JSON object of keyword arguments.
+        index, count: its place in its array, and how many that has; -1 and 0: it is in none.
+        checkpoint: what an earlier attempt has reported last; empty: nothing.
+        folder: where checkpoints of this task can be kept, on storage that the next attempt sees too; empty: nowhere.
+        result_path: where a result is written that is too large for an answer; empty: such a one fails the task.
     """
 
     task_id: str
     attempt: int
     target: str
     args: bytes
+    index: int = -1
+    count: int = 0
+    checkpoint: str = ""
+    folder: str = ""
+    result_path: str = ""
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
@@ -74,6 +83,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
         memory_bytes_peak: peak memory that torch allocated on one device, the fullest; 0 where torch was not used.
         load_s: seconds of importing the function's module before it could run; 0 once it is imported.
         terminated: it was ended by the agent's SIGTERM; not a failure of its own.
+        file_bytes, file_sha256: of the result that was written to `Call.result_path`, and synced, instead of `result`.
     """
 
     task_id: str
@@ -84,6 +94,25 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
     memory_bytes_peak: int = 0
     load_s: float = 0.0
     terminated: bool = False
+    file_bytes: int = 0
+    file_sha256: str = ""
+
+
+class Note(msgspec.Struct, frozen=True, array_like=True, tag="note"):
+    """What a running task has reported. Nothing of it is told twice; None: nothing new of that.
+
+    Attributes:
+        task_id, attempt: of the `Call`.
+        progress: 0 to 1.
+        message: beside it.
+        checkpoint: what the next attempt is to be given.
+    """
+
+    task_id: str
+    attempt: int
+    progress: float | None = None
+    message: str | None = None
+    checkpoint: str | None = None
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -91,14 +120,16 @@ class Failure(msgspec.Struct, frozen=True):
 
     Attributes:
         type: name of the exception's class, or one of ours: InvalidArguments, ResultNotSerialisable, ResultTooLarge,
-            TaskTerminated.
+            GpuOutOfMemory, TaskTerminated.
         message: its text, cut to 2,000 characters.
         traceback: its last 8,000 characters, without local variables; empty where it would only show the executor.
+        bases: names of the exception's classes, its own first.
     """
 
     type: str
     message: str
     traceback: str = ""
+    bases: tuple[str, ...] = ()
 
 
 class Description(msgspec.Struct, frozen=True, array_like=True):
@@ -124,7 +155,7 @@ class Described(msgspec.Struct, frozen=True, array_like=True, tag="described"):
 
 
 ToExecutor = Batch | Describe
-FromExecutor = Ready | Done | Described
+FromExecutor = Ready | Done | Described | Note
 
 _encoder = msgspec.msgpack.Encoder()
 encode_failure = msgspec.json.Encoder().encode
