@@ -10,7 +10,10 @@
     ├── UnsupportedMediaType   415
     ├── Unprocessable          422   well-formed, but cannot be done
     │   ├── InvalidArguments   422   arguments against the function's schema
-    │   └── Infeasible         422   more than any device could ever hold
+    │   ├── Infeasible         422   more than any device could ever hold
+    │   ├── IdempotencyConflict 422  the key was used for another request
+    │   ├── NameTaken          422   the name is another task's
+    │   └── UnknownDependency  422   there is no such task to come after
     ├── QuotaExceeded          429   retry helps
     ├── StoreUnavailable       503   retry helps
     ├── StoreFull              503   retry helps once there is room
@@ -101,6 +104,18 @@ class InvalidArguments(Unprocessable):
 
 class Infeasible(Unprocessable):
     """No device of this cluster could ever hold that."""
+
+
+class IdempotencyConflict(Unprocessable):
+    """This Idempotency-Key was used for another request within the last day. Use a new key for a new request."""
+
+
+class NameTaken(Unprocessable):
+    """Another task of yours has this name."""
+
+
+class UnknownDependency(Unprocessable):
+    """A task is to come after one that there is not."""
 
 
 class QuotaExceeded(RocyardError):

@@ -14,7 +14,17 @@ t:ID                    hash    functions                  one task
 l:ID                    hash    agents (by functions)      stdout and stderr of a task's last attempt, bounded
 q:SHAPE                 zset    functions                  waiting tasks, by priority class, then sequence
 due                     zset    functions                  tasks in RETRY_WAIT, by the time they are due
-done                    zset    functions                  final tasks, by the time they ended (for retention)
+exp                     zset    functions                  tasks that have a time limit to start or to end, by when it is up
+dn:TENANT               zset    functions                  final tasks of a tenant, by the time they ended (for retention)
+dt                      set     functions                  tenants that have final tasks
+a:ID                    hash    functions                  one array: its request, and how many of its tasks have ended how
+ao                      set     functions                  arrays that have tasks without a record yet
+ar:TENANT               zset    functions                  arrays of a tenant, by sequence
+ch:ID                   set     functions                  tasks that wait for the end of this task or array
+rel                     set     functions                  tasks and arrays that have ended, whose waiting ones are to be told
+nm:TENANT               hash    functions                  a tenant's name of a task → its id and the digest of its request
+ik:TENANT               hash    functions                  idempotency key → when, digest of the request, ids
+iks                     zset    functions                  idempotency keys by time (for retention)
 tt:TENANT               zset    functions                  all tasks of a tenant, by sequence
 ta:TENANT               zset    functions                  those of them that are not final
 tn:TENANT               hash    functions                  what a tenant has at work, may have and has had
@@ -53,7 +63,7 @@ from typing import Final
 
 import msgspec
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 SLOT_TASK_PREFIX: Final = "slot-"
@@ -70,6 +80,12 @@ class Keys(msgspec.Struct, frozen=True):
 
     def task_log(self, task_id: str) -> str:
         return f"{self.prefix}l:{task_id}"
+
+    def array(self, array_id: str) -> str:
+        return f"{self.prefix}a:{array_id}"
+
+    def names(self, tenant: str) -> str:
+        return f"{self.prefix}nm:{tenant}"
 
     def queue(self, shape_id: str) -> str:
         return f"{self.prefix}q:{shape_id}"

@@ -95,9 +95,12 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
 
 
 class SubmitReply(msgspec.Struct, frozen=True):
-    """What was accepted: ids and statuses in the order of the request. `replayed`: now, or by an earlier request."""
+    """What was accepted: ids and statuses in the order of the request; None where the task is not kept any more.
 
-    tasks: tuple[tuple[str, TaskStatus], ...]
+    `replayed`: by an earlier request, of which this is the same again.
+    """
+
+    tasks: tuple[tuple[str, TaskStatus | None], ...]
     replayed: bool = False
 
 
@@ -484,6 +487,7 @@ class TenantRow(msgspec.Struct, frozen=True, kw_only=True):
         active: tasks that are not finished.
         weight: its part where room is short, beside the weights of others.
         vtime_s: device-seconds that it has had, by its weight; None until a leader has seen it.
+        retries_per_minute_max: more of them wait for longer.
     """
 
     tenant: str
@@ -496,6 +500,7 @@ class TenantRow(msgspec.Struct, frozen=True, kw_only=True):
     running_max: int | None = None
     weight: float = 1.0
     vtime_s: float | None = None
+    retries_per_minute_max: int | None = None
 
 
 class Refusal(msgspec.Struct, frozen=True):

@@ -7,6 +7,9 @@ import msgspec
 from manager.core.lifecycle import Cordon, SlotFlag, SlotKind, SlotStatus, TaskStatus
 from manager.core.mix import decode_mix
 from manager.core.model import (
+    ArrayRow,
+    Attempt,
+    Claim,
     ClusterState,
     DeviceUse,
     NodeInfo,
@@ -14,6 +17,7 @@ from manager.core.model import (
     OpenReply,
     QueueRow,
     Refusal,
+    ResultFile,
     SlotRow,
     TaskError,
     TaskEvent,
@@ -26,13 +30,32 @@ from manager.core.shapes import Grant, Shape
 TASK_FIELDS: Final = (
     *("state", "tenant", "function", "shape", "attempt", "failures", "crashes", "losses", "score", "node", "slot"),
     *("cancel", "created", "queued", "started", "finished", "spec", "result", "error"),
+    *("file", "claimed", "waits", "progress", "message", "checkpoint", "array", "index", "oom"),
 )
+ARRAY_FIELDS: Final = (
+    *("tenant", "function", "count", "made", "succeeded", "failed", "cancelled", "created", "spec"),
+)
+_TRY: Final = b"try:"
 
+
+
+class _ClaimMore(msgspec.Struct, frozen=True):
+    """What a claim says beside the task itself."""
+
+    index: int | None = None
+    checkpoint: str = ""
+    more_memory: bool = False
+
+
+_NOTHING_MORE: Final = _ClaimMore()
 _spec = msgspec.json.Decoder(TaskSpec).decode
 _error = msgspec.json.Decoder(TaskError).decode
 _shape = msgspec.json.Decoder(Shape).decode
 _info = msgspec.json.Decoder(NodeInfo).decode
 _uses = msgspec.json.Decoder(tuple[DeviceUse, ...]).decode
+_file = msgspec.json.Decoder(ResultFile).decode
+_attempt = msgspec.json.Decoder(Attempt).decode
+_claim_more = msgspec.json.Decoder(_ClaimMore).decode
 
 
 def _ms(value: bytes | None) -> int | None:
@@ -48,7 +71,8 @@ def task(task_id: str, row: list[Any]) -> TaskRecord | None:
     if row[0] is None:
         return None
     (state, tenant, function, shape, attempt, failures, crashes, losses, score, node, slot) = row[:11]
-    (cancel, created, queued, started, finished, spec, result, error) = row[11:]
+    (cancel, created, queued, started, finished, spec, result, error) = row[11:19]
+    (file, claimed, waits, progress, message, checkpoint, array, index, oom) = row[19:]
     return TaskRecord(
         task_id=task_id,
         status=TaskStatus(state.decode()),
@@ -70,13 +94,61 @@ def task(task_id: str, row: list[Any]) -> TaskRecord | None:
         spec=_spec(spec) if spec else None,
         result=result,
         error=_error(error) if error else None,
+        result_file=_file(file) if file else None,
+        claimed_ms=_ms(claimed),
+        waits=int(waits or 0),
+        progress=float(progress) if progress else None,
+        progress_message=_text(message).strip(),
+        checkpoint=_text(checkpoint),
+        array_id=_text(array),
+        index=int(index) if index else None,
+        more_memory=oom == b"1",
     )
+
+
+def attempts(flat: list[bytes]) -> list[tuple[int, Attempt]]:
+    """The earlier attempts of a task, by number, from all fields of its record."""
+    found = [
+        (int(flat[i].removeprefix(_TRY)), _attempt(flat[i + 1])) for i in range(0, len(flat), 2) if flat[i].startswith(_TRY)
+    ]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def array(array_id: str, row: list[Any]) -> ArrayRow | None:
+    """An array from its fields in the order of `ARRAY_FIELDS`; None where there is none."""
+    if row[0] is None:
+        return None
+    tenant, function, count, made, succeeded, failed, cancelled, created, spec = row
+    return ArrayRow(
+        array_id=array_id,
+        tenant=_text(tenant),
+        function=_text(function),
+        count=int(count),
+        made=int(made),
+        succeeded=int(succeeded or 0),
+        failed=int(failed or 0),
+        cancelled=int(cancelled or 0),
+        created_ms=int(created),
+        spec=_spec(spec),
+    )
+
+
+def claims(flat: list[Any]) -> tuple[Claim, ...]:
+    """Claims, of which each has five values."""
+    found = []
+    for i in range(0, len(flat), 5):
+        task_id, attempt, alone, spec, more = flat[i : i + 5]
+        said = _claim_more(more) if more else _NOTHING_MORE
+        found.append(
+            Claim(task_id.decode(), attempt, alone == b"1", _spec(spec), said.index, said.checkpoint, said.more_memory)
+        )
+    return tuple(found)
 
 
 def listed(tenant: str, row: list[Any]) -> TaskRecord:
     """A row of a list: no arguments and no result."""
     task_id, state, function, attempt, shape, node, created, queued, started, finished = row[:10]
-    failures, crashes, losses, error, _sequence = row[10:]
+    failures, crashes, losses, error, array, index, progress, _sequence = row[10:]
     return TaskRecord(
         task_id=task_id.decode(),
         status=TaskStatus(state.decode()),
@@ -93,6 +165,9 @@ def listed(tenant: str, row: list[Any]) -> TaskRecord:
         started_ms=_ms(started),
         finished_ms=_ms(finished),
         error=_error(error) if error else None,
+        array_id=_text(array),
+        index=int(index) if index else None,
+        progress=float(progress) if progress else None,
     )
 
 

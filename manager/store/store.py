@@ -8,30 +8,41 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Final
 
 import msgspec
 
-from manager.core.errors import QuotaExceeded, RegistrationRefused, StoreFull, StoreUnavailable
+from manager.core.errors import (
+    IdempotencyConflict,
+    NameTaken,
+    QuotaExceeded,
+    RegistrationRefused,
+    StoreFull,
+    StoreUnavailable,
+    UnknownDependency,
+)
 from manager.core.keys import SCHEMA_VERSION, Keys
-from manager.core.lifecycle import Cordon, SlotFlag, TaskStatus
+from manager.core.lifecycle import AfterFailed, Cordon, SlotFlag, TaskStatus
 from manager.core.mix import Mix, encode_mix
 from manager.core.model import (
+    ArrayRow,
+    Attempt,
     BeatReply,
-    Claim,
     ClusterState,
     DeviceUse,
     End,
+    IdempotencyKey,
     MemoryNote,
     NextReply,
     NodeInfo,
     OpenReply,
+    ProgressNote,
     Submission,
+    SubmitReply,
     TaskEvent,
     TaskRecord,
-    TaskSpec,
     TenantRow,
     priority_offset,
 )
@@ -47,12 +58,82 @@ SECONDS_MAX: Final = 10 * 366 * 86_400.0
 
 _encode_spec = msgspec.json.Encoder().encode
 _encode_uses = msgspec.json.Encoder().encode
-_decode_spec = msgspec.json.Decoder(TaskSpec).decode
 
 
 def _milliseconds(seconds: float) -> float:
     """`seconds` in bounds: durations come from executors, which run user code and may say anything."""
     return min(seconds, SECONDS_MAX) * 1000 if seconds > 0 else 0.0  # not so for NaN
+
+
+class DueReply(msgspec.Struct, frozen=True):
+    """What time has brought: retries that went back to their queues, tasks whose time was up, tasks that were told of the end
+    of one that they come after, and tasks of arrays that were given their records.
+    """
+
+    retried: int
+    expired: int
+    told: int
+    made: int
+
+
+class Retention(msgspec.Struct, frozen=True):
+    """Which finished tasks of a tenant are forgotten: those that ended before, and those above so many."""
+
+    ended_before_ms: int
+    kept: int
+
+
+class _More(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the store itself reads of a task, beside what each has."""
+
+    name: str | None = None
+    digest: str | None = None
+    start_ms: int | None = None
+    total_ms: int | None = None
+    deadline_ms: int | None = None
+    after: tuple[str, ...] | None = None
+    run: bool | None = None
+    count: int | None = None
+
+
+_NO_MORE: Final = _More()
+
+
+def _more(submission: Submission) -> bytes:
+    spec = submission.spec
+    more = _More(
+        name=spec.name or None,
+        digest=submission.digest if spec.name else None,
+        start_ms=int(_milliseconds(spec.start_timeout_s)) or None,
+        total_ms=int(_milliseconds(spec.total_timeout_s)) or None,
+        deadline_ms=spec.deadline_ms or None,
+        after=spec.after or None,
+        run=spec.after_failed is AfterFailed.RUN or None,
+        count=spec.count or None,
+    )
+    return b"" if more == _NO_MORE else _encode_spec(more)
+
+
+def _end_more(end: End) -> bytes:
+    """Of a success the file of its result, of one that ran out of device memory the shape with more room."""
+    if end.file is not None:
+        return _encode_spec(end.file)
+    return b"" if end.room is None else _encode_spec((end.room[0], encode_shape(end.room[1]).decode()))
+
+
+def _status(text: bytes) -> TaskStatus | None:
+    return TaskStatus(text.decode()) if text else None
+
+
+def _name_taken(name: str) -> NameTaken:
+    return NameTaken(f"name: {name!r} is the name of another task, which asks for something else. Choose another one.", name=name)
+
+
+def _unknown_dependency(task_id: str) -> UnknownDependency:
+    return UnknownDependency(
+        f"after: there is no task or array {task_id!r} (any more): name ones that are kept, or that stand before it in the batch.",
+        task_id=task_id,
+    )
 
 
 def library_source() -> str:
@@ -125,33 +206,81 @@ class Store:
 
     # --- tasks --------------------------------------------------------------------------------------------------
 
-    async def submit(self, tenant: str, active_max: int, submissions: Sequence[Submission]) -> None:
-        """Accept tasks, all or none; on return they are on disk.
+    async def submit(
+        self, tenant: str, active_max: int, submissions: Sequence[Submission], key: IdempotencyKey | None = None
+    ) -> SubmitReply:
+        """Accept tasks and arrays, all or none; on return they are on disk. An array may have tasks to come (see `expand`).
+
+        Args:
+            key: the same key with the same digest, within a day, is the same submission: nothing new is accepted then.
 
         Raises:
             QuotaExceeded: `tenant` would have more than `active_max` tasks that are not final.
+            IdempotencyConflict, NameTaken: the key, or a name, was used for something else.
+            UnknownDependency: a task is to come after one that the tenant does not have.
             StoreUnavailable, StoreFull: nothing is known of the call, or it was refused.
         """
         assert 0 < len(submissions) <= IDS_MAX
         assert len({s.task_id for s in submissions}) == len(submissions)
         shapes = {s.shape_id: s.shape for s in submissions}
-        args: list[Any] = [tenant, active_max, len(shapes)]
+        args: list[Any] = [tenant, active_max, *(("", "") if key is None else (key.key, key.digest)), len(shapes)]
         for shape_id, shape in shapes.items():
             args += (shape_id, encode_shape(shape))
         for s in submissions:
             spec = s.spec
             offset = priority_offset(spec.priority)
-            args += (s.task_id, s.shape_id, offset, spec.max_attempts, spec.function, _encode_spec(spec))
-        reply = await self._run("ry_submit", *args)
-        if reply[0] == b"EXISTS":
-            raise ValueError(f"a task with the id of one of these exists, and is not of {tenant}")
-        if reply[0] == b"QUOTA":
-            raise QuotaExceeded(
-                f"the tenant has {reply[1]} unfinished tasks; with {len(submissions)} more it would pass its limit of "
-                f"{active_max} (tenant.active_tasks_max)",
-                active_tasks=reply[1],
-                active_tasks_max=active_max,
-            )
+            args += (s.task_id, s.shape_id, offset, spec.max_attempts, spec.function, _encode_spec(spec), _more(s))
+        word, *said = await self._run("ry_submit", *args)
+        match word:
+            case b"OK":
+                return SubmitReply(tuple((s.task_id, _status(status)) for s, status in zip(submissions, said, strict=True)))
+            case b"REPLAY":
+                known = tuple((said[i].decode(), _status(said[i + 1])) for i in range(0, len(said), 2))
+                # The first send of this very call, of which the answer was lost, is no earlier submission.
+                return SubmitReply(known, [task_id for task_id, _ in known] != [s.task_id for s in submissions])
+            case b"CONFLICT":
+                raise IdempotencyConflict if said[0] == b"key" else _name_taken(said[1].decode())
+            case b"PARENT":
+                raise _unknown_dependency(said[0].decode())
+            case b"QUOTA":
+                count = sum(max(1, s.spec.count) for s in submissions)
+                raise QuotaExceeded(
+                    f"the tenant has {said[0]} unfinished tasks; with {count} more it would pass its limit of "
+                    f"{active_max} (tenant.active_tasks_max)",
+                    active_tasks=said[0],
+                    active_tasks_max=active_max,
+                )
+            case _:
+                raise ValueError(f"a task with the id of one of these exists, and is not of {tenant}")
+
+    async def expand(self) -> int:
+        """Give tasks of arrays that were accepted their records, a bounded number; how many arrays have more to come."""
+        return int(await self._run("ry_expand", IDS_MAX))
+
+    async def array(self, array_id: str) -> ArrayRow | None:
+        """An array of tasks."""
+        return rows.array(array_id, await self._raw("HMGET", self.keys.array(array_id), *rows.ARRAY_FIELDS))
+
+    async def cancel_array(self, array_id: str, tenant: str, first: int) -> tuple[int | None, int, int] | None:
+        """Ask that a part of an array ends, from the index `first` on.
+
+        Returns:
+            Where to go on (None: that was all), how many ended at once, how many agents were told; None for no such array.
+        """
+        reply = await self._run("ry_cancel_array", array_id, tenant, first, IDS_MAX)
+        if reply is None:
+            return None
+        following, ended, told = reply
+        return (None if following < 0 else following), ended, told
+
+    async def attempts(self, task_id: str) -> list[tuple[int, Attempt]]:
+        """The attempts that did not end the task, by their number, oldest first; the newest attempt is the record itself."""
+        return rows.attempts(await self._raw("HGETALL", self.keys.task(task_id)))
+
+    async def task_named(self, tenant: str, name: str) -> str | None:
+        """The id of the task or the array that the tenant calls so."""
+        said = await self._raw("HGET", self.keys.names(tenant), name)
+        return said.decode().partition(" ")[0] if said else None
 
     async def task(self, task_id: str) -> TaskRecord | None:
         """The record of a task."""
@@ -227,12 +356,21 @@ class Store:
                 "" if end.age_s is None else int(_milliseconds(end.age_s)),
                 "" if end.duration_s is None else f"{_milliseconds(end.duration_s):.3f}",
                 f"{end.chance:.6f}",
+                _end_more(end),
             )
         word, commits, flat = await self._run("ry_next", *args)
-        claims = tuple(
-            Claim(flat[i].decode(), flat[i + 1], flat[i + 2] == b"1", _decode_spec(flat[i + 3])) for i in range(0, len(flat), 4)
-        )
-        return NextReply(word.decode(), tuple(TaskStatus(c.decode()) if c else None for c in commits), claims)
+        return NextReply(word.decode(), tuple(map(_status, commits)), rows.claims(flat))
+
+    async def progress(self, slot_id: str, incarnation: str, notes: Iterable[ProgressNote]) -> int:
+        """What running attempts have reported; how many of them are still the newest, on this slot."""
+        args: list[Any] = []
+        for note in notes:
+            args += (
+                *(note.task_id, note.attempt, "" if note.progress is None else f"{note.progress:.6g}"),
+                "" if note.message is None else note.message or " ",
+                note.checkpoint or "",
+            )
+        return int(await self._run("ry_progress", slot_id, incarnation, *args)) if args else 0
 
     async def started(self, slot_id: str, incarnation: str, tasks: Iterable[tuple[str, int, float]]) -> None:
         """Executors have taken these (task, attempt, seconds ago)."""
@@ -376,7 +514,7 @@ class Store:
         args: list[Any] = [len(tenants)]
         for row in tenants:
             args += (row.tenant, row.running_max or 0, row.gpus_max or 0, row.memory_bytes_max or 0, row.weight)
-            args.append(f"{row.vtime_s or 0.0:.3f}")
+            args += (f"{row.vtime_s or 0.0:.3f}", row.retries_per_minute_max or 0)
         for shape_id, vtime_s in vtimes:
             args += (shape_id, f"{vtime_s:.3f}")
         return bool(await self._run("ry_shares", token, *args) != b"STALE")
@@ -390,14 +528,37 @@ class Store:
         """Whether the leader reaches the Dask scheduler, for people to see. False: the token is stale."""
         return bool(await self._run("ry_reached", token, "ok" if dask else "down") != b"STALE")
 
-    async def due(self) -> tuple[int, float | None]:
-        """Move retries that are due back to their queues; how many, and seconds until the next one."""
-        count, following_ms = await self._run("ry_due", IDS_MAX)
-        return count, None if following_ms < 0 else following_ms / 1000
+    async def due(self) -> tuple[DueReply, float | None]:
+        """Do what time brings, a bounded part of it; what was done, and seconds until there is more (None: nothing waits)."""
+        *counts, following_ms = await self._run("ry_due", IDS_MAX)
+        return DueReply(*counts), None if following_ms < 0 else following_ms / 1000
 
-    async def sweep(self, token: int, ended_before_ms: int, kept: int, closed_before_ms: int) -> tuple[int, int]:
-        """Forget old tasks and tombstones, a bounded number; how many of each."""
-        tasks, tombs = await self._run("ry_sweep", token, ended_before_ms, kept, closed_before_ms, IDS_MAX)
+    async def refuse(self, token: int, shape_id: str) -> int | None:
+        """Fail what waits in a shape that nothing can ever hold, and is there since a smaller one ran out of device memory.
+
+        Returns:
+            How many tasks, at most `IDS_MAX`; None: the token is stale.
+        """
+        failed = int(await self._run("ry_refuse", token, shape_id, IDS_MAX))
+        return None if failed < 0 else failed
+
+    async def sweep(
+        self,
+        token: int,
+        ended_before_ms: int,
+        kept: int,
+        closed_before_ms: int,
+        tenants: Mapping[str, Retention] | None = None,
+    ) -> tuple[int, int]:
+        """Forget old tasks and tombstones, a bounded number; how many of each.
+
+        Args:
+            ended_before_ms, kept: of each tenant that `tenants` does not name.
+        """
+        args: list[Any] = [ended_before_ms, kept]
+        for tenant, own in (tenants or {}).items():
+            args += (tenant, own.ended_before_ms, own.kept)
+        tasks, tombs = await self._run("ry_sweep", token, closed_before_ms, IDS_MAX, *args)
         return tasks, tombs
 
     # --- plain records ------------------------------------------------------------------------------------------

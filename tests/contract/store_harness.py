@@ -22,7 +22,7 @@ import pytest
 
 from manager.core.devices import Device
 from manager.core.errors import StoreUnavailable
-from manager.core.ids import new_id
+from manager.core.ids import array_id, new_id
 from manager.core.lifecycle import FINAL, Outcome, TaskStatus
 from manager.core.model import Claim, End, NextReply, NodeInfo, Submission, TaskRecord, TaskSpec
 from manager.core.quantities import GIB
@@ -114,16 +114,22 @@ def end(claim: Claim, outcome: Outcome = Outcome.SUCCEEDED, payload: bytes = b"1
     """How `claim` ended; started a moment ago unless it was returned."""
     if outcome is not Outcome.RETURNED:
         more = {"age_s": 0.01, "duration_s": 0.01, **more}
-    if outcome in (Outcome.FAILED, Outcome.CRASHED):
+    if outcome is Outcome.OUT_OF_MEMORY:
+        larger = submission(memory_gib=2)
+        more = {"room": (larger.shape_id, larger.shape), **more}
+    if outcome in (Outcome.FAILED, Outcome.FAILED_FOR_GOOD, Outcome.OUT_OF_MEMORY, Outcome.CRASHED):
         payload = b'{"type":"ValueError","message":"no"}'
     return End(claim.task_id, claim.attempt, outcome, payload, **more)
 
 
-def submission(tenant: str = "red", memory_gib: int = 1, priority: int = 0, max_attempts: int = 1) -> Submission:
+def submission(
+    tenant: str = "red", memory_gib: int = 1, priority: int = 0, max_attempts: int = 1, digest: str = "", **more: Any
+) -> Submission:
+    """A task, or with a `count` an array; `more` as of `TaskSpec`."""
     resources = Resources(memory_bytes=memory_gib * GIB)
     shape = shape_of(tenant, "env", resources)
-    spec = TaskSpec("echo", msgspec.Raw(b'{"x":1}'), resources, priority, max_attempts)
-    return Submission(new_id(), shape_id(shape), shape, spec)
+    spec = TaskSpec("echo", msgspec.Raw(b'{"x":1}'), resources, priority, max_attempts, **more)
+    return Submission(array_id() if spec.count else new_id(), shape_id(shape), shape, spec, digest)
 
 
 class Lab:
@@ -347,6 +353,8 @@ async def check_invariants(store: Store) -> Dump:
     _check_tasks(found)
     _check_counters(found)
     _check_work(found)
+    _check_arrays(found)
+    _check_waiting(found)
     _check_slots(found)
     _check_devices(found)
     _check_events(found)
@@ -354,10 +362,10 @@ async def check_invariants(store: Store) -> Dump:
 
 
 def _places(found: Dump) -> dict[str, list[str]]:
-    """Where each task stands, of queue, due, run sets and done."""
+    """Where each task stands, of queue, due, run sets and what is done."""
     places: dict[str, list[str]] = {}
     for key, members in itertools.chain(found.zsets.items(), found.sets.items()):
-        if key in ("due", "done") or key.startswith(("q:", "run:")):
+        if key == "due" or key.startswith(("q:", "run:", "dn:")):
             for task_id in members:
                 places.setdefault(task_id, []).append(key)
     return places
@@ -373,10 +381,12 @@ def _check_tasks(found: Dump) -> None:
             "QUEUED": f"q:{task['shape']}",
             "RUNNING": f"run:{task.get('slot', '')}",
             "RETRY_WAIT": "due",
-        }.get(state, "done")
-        _require(places.get(task_id, []) == [where], "one-place", f"{task_id} is {state} and in {places.get(task_id)}")
+            "BLOCKED": None,
+        }.get(state, f"dn:{task['tenant']}")
+        wanted = [where] if where else []
+        _require(places.get(task_id, []) == wanted, "one-place", f"{task_id} is {state} and in {places.get(task_id)}")
         if state == "QUEUED":
-            score = found.zset(where)[task_id]
+            score = found.zset(f"q:{task['shape']}")[task_id]
             _require(score == float(task["score"]), "place-in-queue", f"{task_id}: {score}, not {task['score']}")
         if state == "RUNNING":
             slot = found.hashes.get(f"s:{task['slot']}", {})
@@ -384,7 +394,7 @@ def _check_tasks(found: Dump) -> None:
             _require(int(task["attempt"]) > 0, "claim-raises-attempt", f"{task_id} runs as attempt {task['attempt']}")
         else:
             _require(task.get("slot", "") == "", "slot-of-running-only", f"{task_id} is {state} in {task.get('slot')}")
-        cancelled = state == "RUNNING" and task.get("cancel") == "1"
+        cancelled = state == "RUNNING" and bool(task.get("cancel"))
         told = task_id in found.set(f"x:{task.get('slot', '')}")
         _require(cancelled == told, "cancel-told", f"{task_id}: {task.get('cancel')!r} in {state}, told: {told}")
         if TaskStatus(state) in FINAL:
@@ -400,10 +410,57 @@ def _check_counters(found: Dump) -> None:
     for tenant in tenants | {task["tenant"] for task in tasks.values()}:
         own = {task_id for task_id, task in tasks.items() if task["tenant"] == tenant}
         live = {task_id for task_id in own if TaskStatus(tasks[task_id]["state"]) not in FINAL}
+        to_come = sum(
+            int(array["count"]) - int(array["made"]) for array in found.group("a:").values() if array["tenant"] == tenant
+        )
         _same(found.zset(f"tt:{tenant}"), own, "tenant-index", tenant)
         _same(found.zset(f"ta:{tenant}"), live, "active-index", tenant)
         active = int(found.hashes.get(f"tn:{tenant}", {}).get("active", "0"))
-        _require(active == len(live), "quota", f"{tenant}: {active}, not {len(live)}")
+        _require(active == len(live) + to_come, "quota", f"{tenant}: {active}, not {len(live)} and {to_come} to come")
+
+
+def _check_arrays(found: Dump) -> None:
+    """What each array says of its tasks, recounted from those that are kept."""
+    tasks = found.tasks
+    for array_id, array in found.group("a:").items():
+        own = [task for task in tasks.values() if task.get("array") == array_id]
+        count, made, left, kept = (int(array[name]) for name in ("count", "made", "left", "kept"))
+        ended = Counter(task["state"] for task in own if TaskStatus(task["state"]) in FINAL)
+        forgotten = count - kept
+        _require(len(own) == made - forgotten, "array-made", f"{array_id}: {len(own)} kept of {made}, {forgotten} forgotten")
+        _require(left == count - forgotten - ended.total(), "array-left", f"{array_id}: {left} left, {dict(ended)}")
+        said = {state: int(array.get(state.lower(), "0")) for state in ("SUCCEEDED", "FAILED", "CANCELLED")}
+        _require(sum(said.values()) == count - left, "array-ends", f"{array_id}: {said}, {left} left of {count}")
+        _require((array_id in found.set("ao")) == (made < count), "array-to-come", f"{array_id}: {made} of {count}")
+    _require(found.set("ao") <= found.group("a:").keys(), "array-to-come", str(found.set("ao")))
+
+
+def _check_waiting(found: Dump) -> None:
+    """Who waits for whom, and until when."""
+    tasks = found.tasks
+    waits: Counter[str] = Counter()
+    for key, children in found.sets.items():
+        if key.startswith("ch:"):
+            parent = key[3:]
+            left = int(found.hashes[f"a:{parent}"]["left"]) if f"a:{parent}" in found.hashes else None
+            over = left == 0 if left is not None else TaskStatus(tasks[parent]["state"]) in FINAL if parent in tasks else True
+            _require(not over or parent in found.set("rel"), "parent-tells", f"{parent} has ended, and {children} wait for it")
+            waits.update(children)
+    for task_id, task in tasks.items():
+        if task["state"] == "BLOCKED":
+            count = int(task["waits"])
+            _require(count == waits[task_id] > 0, "waits", f"{task_id} waits for {count}, stands with {waits[task_id]}")
+        live = TaskStatus(task["state"]) not in FINAL
+        bounded = "start_by" in task or ("end_by" in task and task.get("cancel") != "deadline")
+        if live and bounded:
+            _require(task_id in found.zset("exp"), "time-limit-is-watched", f"{task_id}: {task}")
+    live_ids = {task_id for task_id, task in tasks.items() if TaskStatus(task["state"]) not in FINAL}
+    _require(found.zset("exp").keys() <= live_ids, "watched-is-live", str(found.zset("exp").keys() - live_ids))
+    for key, names in found.hashes.items():
+        if key.startswith("nm:"):
+            for name, said in names.items():
+                task_id = said.split()[0]
+                _require(task_id in tasks or f"a:{task_id}" in found.hashes, "name-of-kept", f"{name}: {said}")
 
 
 def _check_work(found: Dump) -> None:

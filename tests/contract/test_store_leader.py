@@ -146,14 +146,14 @@ async def test_a_sweep_forgets_what_has_ended_before(lab: Lab):
 async def test_a_sweep_keeps_the_newest(lab: Lab):
     tasks = await finished(lab, 5)
     for place, task in enumerate(tasks):
-        await lab.raw("ZADD", "{ry}:done", place + 1, task)
+        await lab.raw("ZADD", "{ry}:dn:red", place + 1, task)
     assert (await lab.store.sweep(lab.token, 0, 2, 0))[0] == 3
     assert set((await dump(lab.store)).tasks) == set(tasks[3:])
 
 
 async def test_a_sweep_never_takes_a_task_that_is_not_final(lab: Lab):
     task = await lab.one()
-    await lab.raw("ZADD", "{ry}:done", 1, task)  # whatever may have put it there
+    await lab.raw("ZADD", "{ry}:dn:red", 1, task)  # whatever may have put it there
     await lab.lead()
     await lab.store.sweep(lab.token, 10**15, 0, 10**15)
     assert await lab.status(task) is TaskStatus.QUEUED

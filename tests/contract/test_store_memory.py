@@ -36,7 +36,7 @@ async def test_a_full_store_refuses_submissions_and_nothing_else(lab: Lab, full)
         TaskStatus.QUEUED,
         TaskStatus.QUEUED,
     )
-    assert (await lab.store.due())[0] == 1
+    assert (await lab.store.due())[0].retried == 1
     claim = await lab.claim(agent, slot)
     await lab.store.started(slot, agent.incarnation, [(claim.task_id, claim.attempt, 0.1)])
     await lab.store.keep_log(claim.task_id, claim.attempt, b"x" * 1000, b"", 0)  # logs are dropped, without an error

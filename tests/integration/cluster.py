@@ -85,6 +85,7 @@ class Cluster:
             **(environ or {}),
         }
         self.simulate = simulate
+        self.tie: tuple[str, ...] = ()  # a command that becomes the one after it, see manager.lifeline
         self.output = directory / "up.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.client: Client
@@ -93,7 +94,7 @@ class Cluster:
         """Start it and wait until a task could run."""
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "manager.cli.main", "up", "--simulate", self.simulate],
+                [*self.tie, sys.executable, "-m", "manager.cli.main", "up", "--simulate", self.simulate],
                 env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -12,6 +12,10 @@ local TURN_MS = SECOND          -- a slot gives way at a task boundary to those 
 local TURN_STEP = 2 ^ 42        -- between two priorities of slots that wait for the quota; times stay below it
 local NO_TURN = 31              -- stands behind all priorities: what the slot leases is over the quota by itself
 local TURNS_MAX = 64            -- slots that are looked at when a tenant's use sinks; a beat reaches the others
+local TRIES_MAX = 50            -- attempts that a record tells of, the newest
+local TRY_MESSAGE_BYTES = 500   -- of what such an attempt's error said
+local TOLD_MAX = 200            -- tasks that are told of the end of those they wait for, in one call
+local DEADLINE = 'deadline'     -- the mark of a cancellation that nobody asked for: time is up
 local LIVE = { QUEUED = true, RUNNING = true, RETRY_WAIT = true, BLOCKED = true }
 
 local function now_ms()
@@ -49,18 +53,34 @@ local function count_move(p, from, to)
   if to then redis.call('HINCRBY', p .. 'counts', to, 1) end
 end
 
--- The one way into a final state: record, indexes, counters and event together.
-local function finalise(p, id, task, state, result, err, now)
+local ENDED_AS = { SUCCEEDED = 'succeeded', FAILED = 'failed', CANCELLED = 'cancelled' }
+
+-- One task of an array has ended. The last one is the array's own end.
+local function end_in_array(p, array, state)
+  local key = p .. 'a:' .. array
+  redis.call('HINCRBY', key, ENDED_AS[state], 1)
+  if redis.call('HINCRBY', key, 'left', -1) == 0 and redis.call('EXISTS', p .. 'ch:' .. array) == 1 then
+    redis.call('SADD', p .. 'rel', array)
+  end
+end
+
+-- The one way into a final state: record, indexes, counters and event together. `file`: where a large result lies.
+local function finalise(p, id, task, state, result, err, now, file)
   -- The error of an earlier attempt goes: record and event must tell the same.
   local values = { 'state', state, 'finished', now, 'slot', '', 'cancel', '', 'error', err }
   if result ~= '' then values[#values + 1] = 'result'; values[#values + 1] = result end
+  if file and file ~= '' then values[#values + 1] = 'file'; values[#values + 1] = file end
   redis.call('HSET', p .. 't:' .. id, unpack(values))
   redis.call('ZREM', p .. 'ta:' .. task.tenant, id)
-  redis.call('ZADD', p .. 'done', now, id)
+  redis.call('ZADD', p .. 'dn:' .. task.tenant, now, id)
+  redis.call('SADD', p .. 'dt', task.tenant)
   redis.call('HINCRBY', p .. 'tn:' .. task.tenant, 'active', -1)
   count_move(p, task.state, state)
+  if task.start_by ~= '' or task.end_by ~= '' then redis.call('ZREM', p .. 'exp', id) end
+  if task.array ~= '' then end_in_array(p, task.array, state) end
+  if redis.call('EXISTS', p .. 'ch:' .. id) == 1 then redis.call('SADD', p .. 'rel', id) end
   local event = { 'i', id, 's', state, 'a', task.attempt, 'f', now, 'b', task.started or '', 'n', task.node or '' }
-  if #result + #err <= INLINE_EVENT_BYTES then
+  if #result + #err <= INLINE_EVENT_BYTES and (not file or file == '') then
     event[#event + 1] = 'r'; event[#event + 1] = result
     event[#event + 1] = 'e'; event[#event + 1] = err
   end
@@ -68,9 +88,10 @@ local function finalise(p, id, task, state, result, err, now)
   return state
 end
 
--- Back into the queue, at its old place.
+-- Back into the queue, at its old place. What its last attempt has reported of itself goes, but not its checkpoint.
 local function enqueue(p, id, task, now)
   redis.call('HSET', p .. 't:' .. id, 'state', 'QUEUED', 'queued', now, 'slot', '', 'started', '')
+  if task.state == 'RUNNING' then redis.call('HDEL', p .. 't:' .. id, 'progress', 'message') end
   redis.call('ZADD', p .. 'q:' .. task.shape, task.score, id)
   redis.call('SADD', p .. 'active', task.shape)
   count_move(p, task.state, 'QUEUED')
@@ -78,7 +99,7 @@ local function enqueue(p, id, task, now)
 end
 
 local TASK_FIELDS = { 'state', 'attempt', 'slot', 'tenant', 'shape', 'score', 'failures', 'crashes', 'losses',
-  'max_attempts', 'cancel', 'started', 'node', 'alone' }
+  'max_attempts', 'cancel', 'started', 'node', 'alone', 'claimed', 'start_by', 'end_by', 'array', 'waits', 'run', 'oom' }
 
 local function load_task(p, id)
   local values = redis.call('HMGET', p .. 't:' .. id, unpack(TASK_FIELDS))
@@ -93,9 +114,31 @@ local function infrastructure_error(losses)
     message = 'the task lost its executor, agent or node ' .. losses .. ' times; it was not at fault, but is not tried again' })
 end
 
+-- An attempt has ended, and its task goes on: the record keeps where it was, when, and why it ended.
+local function note_try(p, id, task, why, message, now)
+  local key, attempt = p .. 't:' .. id, tonumber(task.attempt)
+  redis.call('HSET', key, 'try:' .. attempt, cjson.encode({ node = task.node, slot = task.slot,
+    claimed_ms = tonumber(task.claimed) or 0, started_ms = tonumber(task.started) or 0, ended_ms = now, why = why,
+    message = string.sub(message, 1, TRY_MESSAGE_BYTES) }))
+  if attempt > TRIES_MAX then redis.call('HDEL', key, 'try:' .. (attempt - TRIES_MAX)) end
+end
+
+local function deadline_error(what)
+  return cjson.encode({ type = 'DeadlineExceeded', message = what .. ' when its time was up (total_timeout or deadline)' })
+end
+
+-- A task whose end was asked for has ended, or need not begin: by whom it was asked says as what.
+local function end_as_asked(p, id, task, now)
+  if task.cancel == DEADLINE then
+    return finalise(p, id, task, 'FAILED', '', deadline_error('the task was running, and was ended,'), now)
+  end
+  return finalise(p, id, task, 'CANCELLED', '', '', now)
+end
+
 -- An attempt ends without having been at fault: requeue, with a cap, or cancel where that was asked.
-local function give_back(p, id, task, counted, now)
-  if task.cancel == '1' then return finalise(p, id, task, 'CANCELLED', '', '', now) end
+local function give_back(p, id, task, counted, why, now)
+  if task.cancel ~= '' then return end_as_asked(p, id, task, now) end
+  note_try(p, id, task, why, '', now)
   if counted then
     local losses = redis.call('HINCRBY', p .. 't:' .. id, 'losses', 1)
     if losses >= LOSSES_MAX then return finalise(p, id, task, 'FAILED', '', infrastructure_error(losses), now) end
@@ -187,7 +230,8 @@ local function close_slot(p, slot, reason, now)
   for _, id in ipairs(redis.call('SMEMBERS', p .. 'run:' .. slot)) do
     local task = load_task(p, id)
     if task and task.state == 'RUNNING' and task.slot == slot then
-      give_back(p, id, task, record[7] ~= 'preempt', now) -- the leader's own doing counts against nothing
+      -- The leader's own doing counts against nothing.
+      give_back(p, id, task, record[7] ~= 'preempt', record[7] == 'preempt' and 'Preempted' or reason, now)
       returned = returned + 1
     end
   end
@@ -213,4 +257,45 @@ end
 -- Whether the caller is the leader by its token: of the controllers, or of the processes of another role.
 local function leads(p, token, role)
   return redis.call('HGET', p .. 'leader' .. (role and ':' .. role or ''), 'token') == token
+end
+
+local function parent_error(parent, state)
+  return cjson.encode({ type = 'DependencyFailed', message = parent .. ', which the task comes after, ' .. (ENDED_AS[state] or state) })
+end
+
+-- How a task or an array has ended; nil while it has not, and where there is none. An array is as good as its worst task.
+local function end_of(p, id)
+  local state = redis.call('HGET', p .. 't:' .. id, 'state')
+  if state then return not LIVE[state] and state or nil end
+  local array = redis.call('HMGET', p .. 'a:' .. id, 'left', 'failed', 'cancelled')
+  if not array[1] or tonumber(array[1]) > 0 then return nil end
+  if tonumber(array[2] or '0') > 0 then return 'FAILED' end
+  return tonumber(array[3] or '0') > 0 and 'CANCELLED' or 'SUCCEEDED'
+end
+
+-- Tells tasks that what they come after has ended; those that then wait for nobody may run. Returns how many were told.
+-- What fails by that ends others in turn: they stand in the same list, so that a long chain takes many short steps.
+local function release(p, most, now)
+  local told = 0
+  while told < most do
+    local parent = redis.call('SRANDMEMBER', p .. 'rel')
+    if not parent then break end
+    local child = redis.call('SPOP', p .. 'ch:' .. parent)
+    if not child then
+      redis.call('SREM', p .. 'rel', parent)
+    else
+      told = told + 1
+      local task, state = load_task(p, child), end_of(p, parent)
+      if task and task.state == 'BLOCKED' then
+        if state ~= 'SUCCEEDED' and task.run ~= '1' then
+          finalise(p, child, task, 'FAILED', '', parent_error(parent, state or 'is not known any more'), now)
+        elseif redis.call('HINCRBY', p .. 't:' .. child, 'waits', -1) <= 0 then
+          enqueue(p, child, task, now)
+          work_arrived(p, task.shape, 1)
+        end
+      end
+    end
+  end
+  if told == most then redis.call('PUBLISH', p .. 'ctl', 'plan') end -- the controller does the rest
+  return told
 end

@@ -1,9 +1,15 @@
 -- Submission, claims, ends, cancellation.
 
--- The owner of the first of these ids that exists; nil where none does.
+local KEPT_MS = 24 * 3600 * SECOND -- how long an idempotency key holds
+local EXPANDED_MAX = 500            -- tasks of an array that come into being in one call
+
+-- The owner of the first of these ids that exists, as a task or an array; nil where none does.
 local function owner_of_any(p, args, first)
   local names = {}
-  for i = first, #args, 6 do names[#names + 1] = p .. 't:' .. args[i] end
+  for i = first, #args, 7 do
+    names[#names + 1] = p .. 't:' .. args[i]
+    names[#names + 1] = p .. 'a:' .. args[i]
+  end
   if redis.call('EXISTS', unpack(names)) == 0 then return nil end
   for _, name in ipairs(names) do
     local owner = redis.call('HGET', name, 'tenant')
@@ -11,44 +17,239 @@ local function owner_of_any(p, args, first)
   end
 end
 
--- tenant, active_max, shapes m, m × (shape, json), then tasks: (id, shape, score offset, max_attempts, function, spec) …
--- All or nothing. Ids that exist, and are the tenant's, were accepted by an earlier send of the same call; what exists is
--- never written again. They are fresh and random: that one belongs to another tenant is an error of the caller.
+-- The status of a task or an array, for who asks for it again; '' where it is kept no more.
+local function status_of(p, id)
+  local state = redis.call('HGET', p .. 't:' .. id, 'state')
+  if state then return state end
+  if redis.call('EXISTS', p .. 'a:' .. id) == 0 then return '' end
+  return end_of(p, id) or 'QUEUED'
+end
+
+local function replay(p, ids)
+  local reply = { 'REPLAY' }
+  for id in string.gmatch(ids, '[^,]+') do
+    reply[#reply + 1] = id
+    reply[#reply + 1] = status_of(p, id)
+  end
+  return reply
+end
+
+-- What this submission was answered before, by its idempotency key; nil where it is a new one.
+local function known_by_key(p, tenant, key, digest, now)
+  local said = key ~= '' and redis.call('HGET', p .. 'ik:' .. tenant, key)
+  if not said then return nil end
+  local created, body, ids = string.match(said, '^(%d+) (%S*) (.*)$')
+  if now - tonumber(created) > KEPT_MS then return nil end
+  if body ~= digest then return { 'CONFLICT', 'key' } end
+  return replay(p, ids)
+end
+
+-- What names say that are taken: all of them are, by the same requests, or the submission is refused.
+local function known_by_names(p, tenant, tasks)
+  local ids, taken = {}, nil
+  for _, task in ipairs(tasks) do
+    local said = task.more.name and redis.call('HGET', p .. 'nm:' .. tenant, task.more.name)
+    if said then
+      local id, digest = string.match(said, '^(%S+) (%S*)$')
+      taken = taken or task.more.name
+      if digest == task.more.digest then ids[#ids + 1] = id end
+    end
+  end
+  if not taken then return nil end
+  if #ids < #tasks then return { 'CONFLICT', 'name', taken } end
+  return replay(p, table.concat(ids, ','))
+end
+
+-- The first id that one of them comes after and that is no task or array of the tenant, nor stands before it here.
+local function unknown_parent(p, tenant, tasks)
+  local here = {}
+  for _, task in ipairs(tasks) do
+    for _, parent in ipairs(task.more.after or {}) do
+      if not here[parent] and redis.call('HGET', p .. 't:' .. parent, 'tenant') ~= tenant
+        and redis.call('HGET', p .. 'a:' .. parent, 'tenant') ~= tenant then
+        return parent
+      end
+    end
+    here[task.id] = true
+  end
+end
+
+-- Has the task wait for those that it comes after and that have not ended. Returns the state that it begins with, and an
+-- error where one of them has failed already.
+local function wait_for(p, id, more)
+  local waits = 0
+  for _, parent in ipairs(more.after or {}) do
+    local state = end_of(p, parent)
+    if not state and redis.call('EXISTS', p .. 't:' .. parent, p .. 'a:' .. parent) == 0 then
+      state = 'is not known any more' -- an array that was accepted before its parent was forgotten
+    end
+    if state and state ~= 'SUCCEEDED' and not more.run then return 'FAILED', parent_error(parent, state) end
+    if not state and redis.call('SADD', p .. 'ch:' .. parent, id) == 1 then waits = waits + 1 end
+  end
+  if waits == 0 then return 'QUEUED' end
+  redis.call('HSET', p .. 't:' .. id, 'waits', waits)
+  return 'BLOCKED'
+end
+
+-- Writes one task: its record, its place in the queue or behind others, and when its time is up.
+local function create(p, tenant, task, sequence, now)
+  local key, more = p .. 't:' .. task.id, task.more
+  local score = string.format('%.0f', task.offset + sequence)
+  redis.call('HSET', key, 'state', 'QUEUED', 'tenant', tenant, 'shape', task.shape, 'score', score, 'sequence', sequence,
+    'max_attempts', task.max_attempts, 'function', task.name, 'spec', task.spec, 'attempt', 0, 'created', task.created or now,
+    'queued', now)
+  redis.call('ZADD', p .. 'tt:' .. tenant, sequence, task.id)
+  redis.call('ZADD', p .. 'ta:' .. tenant, sequence, task.id)
+  if task.plain then
+    redis.call('ZADD', p .. 'q:' .. task.shape, score, task.id)
+    count_move(p, nil, 'QUEUED')
+    return 'QUEUED'
+  end
+  if task.array then redis.call('HSET', key, 'array', task.array, 'index', task.index) end
+  if more.run then redis.call('HSET', key, 'run', '1') end
+  local start_by, end_by = tonumber(more.start_by), tonumber(more.end_by)
+  if start_by then redis.call('HSET', key, 'start_by', string.format('%.0f', start_by)) end
+  if end_by then redis.call('HSET', key, 'end_by', string.format('%.0f', end_by)) end
+  if start_by or end_by then
+    redis.call('ZADD', p .. 'exp', string.format('%.0f', math.min(start_by or end_by, end_by or start_by)), task.id)
+  end
+  local state, err = wait_for(p, task.id, more)
+  count_move(p, nil, 'QUEUED')
+  if state == 'FAILED' then
+    return finalise(p, task.id, load_task(p, task.id), 'FAILED', '', err, now)
+  elseif state == 'BLOCKED' then
+    redis.call('HSET', key, 'state', 'BLOCKED', 'queued', '')
+    count_move(p, 'QUEUED', 'BLOCKED')
+  else
+    redis.call('ZADD', p .. 'q:' .. task.shape, score, task.id)
+  end
+  return state
+end
+
+local DIGITS = '0123456789abcdefghjkmnpqrstvwxyz'
+
+-- The id of one task of an array, as manager/core/ids.py makes it.
+local function id_in_array(array, index)
+  local number, digits = index + 1, ''
+  for _ = 1, 4 do
+    digits = string.sub(DIGITS, number % 32 + 1, number % 32 + 1) .. digits
+    number = math.floor(number / 32)
+  end
+  return string.sub(array, 1, -5) .. digits
+end
+
+-- Gives up to `most` more tasks of an array their records; returns how many. The array has all it needs, so anybody may.
+local function expand_array(p, array, most, now)
+  local key = p .. 'a:' .. array
+  local said = redis.call('HMGET', key, 'tenant', 'shape', 'offset', 'max_attempts', 'function', 'spec', 'more', 'sequence',
+    'count', 'made', 'created')
+  if not said[1] then
+    redis.call('SREM', p .. 'ao', array)
+    return 0
+  end
+  local count, made = tonumber(said[9]), tonumber(said[10])
+  local last = math.min(count, made + most)
+  local arrived, more = 0, cjson.decode(said[7])
+  for index = made, last - 1 do
+    local state = create(p, said[1], { id = id_in_array(array, index), shape = said[2], offset = tonumber(said[3]),
+      max_attempts = said[4], name = said[5], spec = said[6], more = more, array = array, index = index,
+      created = said[11] }, tonumber(said[8]) + index, now)
+    if state == 'QUEUED' then arrived = arrived + 1 end
+  end
+  redis.call('HSET', key, 'made', last)
+  if last == count then redis.call('SREM', p .. 'ao', array) end
+  if arrived > 0 then
+    redis.call('SADD', p .. 'active', said[2])
+    work_arrived(p, said[2], arrived)
+  end
+  return last - made
+end
+
+-- Writes an array; its first tasks come into being with it, the others are made by who expands it.
+local function create_array(p, tenant, task, sequence, now)
+  local more = task.more
+  redis.call('HSET', p .. 'a:' .. task.id, 'tenant', tenant, 'shape', task.shape, 'offset', string.format('%.0f', task.offset),
+    'max_attempts', task.max_attempts, 'function', task.name, 'spec', task.spec, 'more', cjson.encode(more),
+    'sequence', sequence, 'count', more.count, 'made', 0, 'left', more.count, 'kept', more.count, 'created', now)
+  redis.call('ZADD', p .. 'ar:' .. tenant, sequence, task.id)
+  redis.call('SADD', p .. 'ao', task.id)
+end
+
+-- tenant, active_max, idempotency key or "", digest of the body or "", shapes m, m × (shape, json), then tasks:
+-- (id, shape, score offset, max_attempts, function, spec, more) … `more` is "" or JSON: name and digest of what it asks
+-- for; start_ms, total_ms (from now) and deadline_ms; after (ids), run (whether it does though one of those failed); count
+-- (an array of so many, of which `id` is the id).
+-- All or nothing: {OK, state …}, {REPLAY, id, state …} (asked before), {CONFLICT, key} or {CONFLICT, name, which} (asked
+-- before, for something else), {PARENT, id}, {QUOTA, active}, {EXISTS}. Ids that exist, and are the tenant's, were accepted
+-- by an earlier send of the same call; what exists is never written again. They are fresh and random: that one belongs to
+-- another tenant is an error of the caller.
 local function submit(keys, args)
-  local p, tenant, active_max = keys[1], args[1], tonumber(args[2])
-  local shapes, at = tonumber(args[3]), 4
+  local p, tenant, active_max, key, digest = keys[1], args[1], tonumber(args[2]), args[3], args[4]
+  local now = now_ms()
+  local shapes, at = tonumber(args[5]), 6
   local first = at + shapes * 2
-  local count = (#args - first + 1) / 6
   local owner = owner_of_any(p, args, first)
-  if owner then return { owner == tenant and 'OK' or 'EXISTS' } end
+  if owner then
+    if owner ~= tenant then return { 'EXISTS' } end
+    local reply = { 'OK' }
+    for i = first, #args, 7 do reply[#reply + 1] = status_of(p, args[i]) end
+    return reply
+  end
+  local known = known_by_key(p, tenant, key, digest, now)
+  if known then return known end
+  local tasks, count, plain = {}, 0, true
+  for i = first, #args, 7 do
+    local task = { id = args[i], shape = args[i + 1], offset = tonumber(args[i + 2]), max_attempts = args[i + 3],
+      name = args[i + 4], spec = args[i + 5], plain = args[i + 6] == '' }
+    task.more = task.plain and {} or cjson.decode(args[i + 6])
+    plain = plain and task.plain
+    if task.more.start_ms then task.more.start_by = now + task.more.start_ms end
+    if task.more.total_ms then task.more.end_by = now + task.more.total_ms end
+    if task.more.deadline_ms then task.more.end_by = math.min(task.more.end_by or task.more.deadline_ms, task.more.deadline_ms) end
+    tasks[#tasks + 1] = task
+    count = count + (task.more.count or 1)
+  end
+  if not plain then
+    known = known_by_names(p, tenant, tasks)
+    if known then return known end
+    local parent = unknown_parent(p, tenant, tasks)
+    if parent then return { 'PARENT', parent } end
+  end
   local active = tonumber(redis.call('HGET', p .. 'tn:' .. tenant, 'active') or '0')
   if active + count > active_max then return { 'QUOTA', active } end
   for i = at, first - 1, 2 do
     redis.call('HSETNX', p .. 'shapes', args[i], args[i + 1])
     redis.call('SADD', p .. 'active', args[i])
   end
-  local now = now_ms()
-  local last = redis.call('HINCRBY', p .. 'meta', 'sequence', count)
-  local sequence = last - count
-  local arrived = {}
-  for i = first, #args, 6 do
-    local id, shape = args[i], args[i + 1]
-    sequence = sequence + 1
-    local score = string.format('%.0f', tonumber(args[i + 2]) + sequence)
-    redis.call('HSET', p .. 't:' .. id, 'state', 'QUEUED', 'tenant', tenant, 'shape', shape, 'score', score,
-      'sequence', sequence, 'max_attempts', args[i + 3], 'function', args[i + 4], 'spec', args[i + 5],
-      'attempt', 0, 'created', now, 'queued', now)
-    redis.call('ZADD', p .. 'q:' .. shape, score, id)
-    redis.call('ZADD', p .. 'tt:' .. tenant, sequence, id)
-    redis.call('ZADD', p .. 'ta:' .. tenant, sequence, id)
-    arrived[shape] = (arrived[shape] or 0) + 1
-  end
-  redis.call('HINCRBY', p .. 'tn:' .. tenant, 'active', count)
+  redis.call('HINCRBY', p .. 'tn:' .. tenant, 'active', count) -- before an end can take one away
   redis.call('SADD', p .. 'tenants', tenant)
-  redis.call('HINCRBY', p .. 'counts', 'QUEUED', count)
+  local sequence = redis.call('HINCRBY', p .. 'meta', 'sequence', count) - count
+  local arrived, reply, ids = {}, { 'OK' }, {}
+  for i, task in ipairs(tasks) do
+    sequence = sequence + 1
+    ids[i] = task.id
+    if task.more.name then redis.call('HSET', p .. 'nm:' .. tenant, task.more.name, task.id .. ' ' .. task.more.digest) end
+    if task.more.count then
+      create_array(p, tenant, task, sequence, now)
+      sequence = sequence + task.more.count - 1
+      expand_array(p, task.id, EXPANDED_MAX, now)
+      reply[i + 1] = 'QUEUED'
+    else
+      local state = create(p, tenant, task, sequence, now)
+      if state == 'QUEUED' then arrived[task.shape] = (arrived[task.shape] or 0) + 1 end
+      reply[i + 1] = state
+    end
+  end
+  if key ~= '' then
+    redis.call('HSET', p .. 'ik:' .. tenant, key, now .. ' ' .. digest .. ' ' .. table.concat(ids, ','))
+    redis.call('ZADD', p .. 'iks', now, tenant .. ' ' .. key)
+  end
   for i = at, first - 1, 2 do work_arrived(p, args[i], arrived[args[i]] or 0) end
-  return { 'OK' }
+  if not plain then release(p, TOLD_MAX, now) end
+  return reply
 end
+
+local MINUTE_MS = 60 * SECOND
 
 local function retry_delay_ms(failures, chance)
   return math.floor(chance * math.min(300, 2 * 2 ^ failures) * SECOND)
@@ -63,8 +264,52 @@ local function crash_error(payload, crashes)
   return cjson.encode(err)
 end
 
--- Commits one end. Returns the task's state after it, or '' for a repeat and for an attempt that was replaced.
-local function finish(p, slot, node, flag, id, attempt, outcome, payload, age_ms, chance, now)
+-- How long a retry waits: its jitter, or until the tenant may retry again where it has retried too often in the last minute
+-- (a leaky bucket, of which only the time is kept at which it will have run dry).
+local function retry_pause_ms(p, tenant, failures, chance, now)
+  local pause = retry_delay_ms(failures, chance)
+  local key = p .. 'tn:' .. tenant
+  local said = redis.call('HMGET', key, 'retries_max', 'retry_dry')
+  local most = tonumber(said[1] or '0')
+  if most == 0 then return pause end
+  local dry = math.max(tonumber(said[2] or '0'), now) + MINUTE_MS / most
+  redis.call('HSET', key, 'retry_dry', string.format('%.0f', dry))
+  return math.max(pause, math.floor(dry - now - MINUTE_MS))
+end
+
+local function words_of(payload)
+  local ok, err = pcall(cjson.decode, payload)
+  if not ok or type(err) ~= 'table' then return 'Failed', '' end
+  return type(err.type) == 'string' and err.type or 'Failed', type(err.message) == 'string' and err.message or ''
+end
+
+local function note_failure(p, id, task, payload, now)
+  local why, message = words_of(payload)
+  note_try(p, id, task, why, message, now)
+end
+
+-- Out of device memory: once, the task moves to a shape with more room. `extra`: that shape, {id, json}.
+local function with_more_room(p, id, task, payload, extra, now)
+  local room = cjson.decode(extra)
+  redis.call('HSETNX', p .. 'shapes', room[1], room[2])
+  redis.call('SADD', p .. 'active', room[1])
+  redis.call('HSET', p .. 'sh:' .. room[1], 'oom', '1')
+  redis.call('HSET', p .. 't:' .. id, 'shape', room[1], 'oom', '1', 'error', payload)
+  task.shape = room[1]
+  enqueue(p, id, task, now)
+  work_arrived(p, task.shape, 1)
+  return 'QUEUED', true
+end
+
+-- It has started, which is all that its start_timeout asks for.
+local function in_time(p, id, has_end)
+  redis.call('HDEL', p .. 't:' .. id, 'start_by')
+  if not has_end then redis.call('ZREM', p .. 'exp', id) end
+end
+
+-- Commits one end. Returns the task's state after it, or '' for a repeat and for an attempt that was replaced; and whether it
+-- went into the queue of another shape. `extra`: of S the file in which the result lies, of O a shape with more room.
+local function finish(p, slot, node, flag, id, attempt, outcome, payload, age_ms, chance, extra, now)
   local task = load_task(p, id)
   if not task or task.state ~= 'RUNNING' or task.slot ~= slot then
     redis.call('SREM', p .. 'run:' .. slot, id)
@@ -74,42 +319,73 @@ local function finish(p, slot, node, flag, id, attempt, outcome, payload, age_ms
   if task.attempt ~= attempt then return '' end
   redis.call('SREM', p .. 'run:' .. slot, id)
   task.node = node
-  if task.cancel == '1' then redis.call('SREM', p .. 'x:' .. slot, id) end
+  if task.cancel ~= '' then redis.call('SREM', p .. 'x:' .. slot, id) end
   local key = p .. 't:' .. id
   if age_ms ~= '' then
     task.started = string.format('%.0f', now - tonumber(age_ms))
     redis.call('HSET', key, 'started', task.started)
+    if task.start_by ~= '' then in_time(p, id, task.end_by ~= '') end
   end
-  if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end
-  if task.cancel == '1' then return finalise(p, id, task, 'CANCELLED', '', '', now) end
-  if outcome == 'F' then
+  if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now, extra) end
+  if task.cancel ~= '' then return end_as_asked(p, id, task, now) end
+  if outcome == 'O' and task.oom ~= '1' then
+    note_failure(p, id, task, payload, now)
+    return with_more_room(p, id, task, payload, extra, now)
+  end
+  if outcome == 'F' or outcome == 'N' or outcome == 'O' then
     local failures = redis.call('HINCRBY', key, 'failures', 1)
-    if failures >= tonumber(task.max_attempts) then return finalise(p, id, task, 'FAILED', '', payload, now) end
+    if outcome == 'N' or failures >= tonumber(task.max_attempts) then
+      return finalise(p, id, task, 'FAILED', '', payload, now)
+    end
+    note_failure(p, id, task, payload, now)
     redis.call('HSET', key, 'state', 'RETRY_WAIT', 'slot', '', 'error', payload)
-    redis.call('ZADD', p .. 'due', now + retry_delay_ms(failures, tonumber(chance)), id)
+    redis.call('HDEL', key, 'progress', 'message')
+    redis.call('ZADD', p .. 'due', now + retry_pause_ms(p, task.tenant, failures, tonumber(chance), now), id)
     count_move(p, 'RUNNING', 'RETRY_WAIT')
     return 'RETRY_WAIT'
   end
   if outcome == 'X' then
     local crashes = redis.call('HINCRBY', key, 'crashes', 1)
     if crashes >= CRASHES_MAX then return finalise(p, id, task, 'FAILED', '', crash_error(payload, crashes), now) end
+    note_failure(p, id, task, payload, now)
     redis.call('HSET', key, 'alone', '1', 'error', payload)
     return enqueue(p, id, task, now)
   end
   if outcome == 'A' then
+    note_failure(p, id, task, payload, now)
     redis.call('HSET', key, 'alone', '1')
     return enqueue(p, id, task, now)
   end
   -- R: never started. L, and C that nobody asked for: a loss that blames nobody, and is not counted where the leader has
   -- pre-empted the slot.
-  return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', now)
+  local why = outcome == 'R' and 'Returned' or flag == 'preempt' and 'Preempted' or 'Lost'
+  return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', why, now)
 end
 
-local function claim_reply(claims, id, attempt, alone, spec)
+local CLAIMED = 5 -- values of one claim in a reply
+local CLAIM_FIELDS = { 'state', 'slot', 'attempt', 'alone', 'spec', 'index', 'checkpoint', 'oom', 'start_by', 'end_by' }
+
+-- id, attempt, "1" where it must run alone, spec, and "" or JSON of what else its agent should know.
+local function claim_reply(claims, id, attempt, said)
   claims[#claims + 1] = id
   claims[#claims + 1] = attempt
-  claims[#claims + 1] = alone or ''
-  claims[#claims + 1] = spec
+  claims[#claims + 1] = said[4] or ''
+  claims[#claims + 1] = said[5]
+  local more = ''
+  if said[6] or said[7] or said[8] then
+    more = cjson.encode({ index = tonumber(said[6] or ''), checkpoint = said[7] or nil, more_memory = said[8] == '1' or nil })
+  end
+  claims[#claims + 1] = more
+end
+
+-- Whether the task's time was up before it could begin; it ends here then.
+local function too_late(p, id, start_by, end_by, now)
+  local late = (end_by and tonumber(end_by) <= now and 'end') or (start_by and tonumber(start_by) <= now and 'start')
+  if not late then return false end
+  local err = late == 'end' and deadline_error('the task was waiting') or cjson.encode({ type = 'StartTimeout',
+    message = 'no executor had taken the task within its start_timeout' })
+  finalise(p, id, load_task(p, id), 'FAILED', '', err, now)
+  return true
 end
 
 -- Takes up to n tasks of the shape, in order, and says which score the first had. A task that must run alone comes alone.
@@ -120,21 +396,21 @@ local function claim(p, slot, node, shape, n, now)
   for i = 1, #popped, 2 do
     local id = popped[i]
     local key = p .. 't:' .. id
-    local task = redis.call('HMGET', key, 'state', 'alone', 'spec')
-    local alone = task[2] == '1'
+    local task = redis.call('HMGET', key, unpack(CLAIM_FIELDS))
+    local alone = task[4] == '1'
     enough = enough or (alone and #claims > 0)
     if enough then
       redis.call('ZADD', p .. 'q:' .. shape, popped[i + 1], id)
-    elseif task[1] == 'QUEUED' then
+    elseif task[1] == 'QUEUED' and not too_late(p, id, task[9], task[10], now) then
       enough = alone
       local attempt = redis.call('HINCRBY', key, 'attempt', 1)
       redis.call('HSET', key, 'state', 'RUNNING', 'slot', slot, 'node', node, 'claimed', now)
       redis.call('SADD', p .. 'run:' .. slot, id)
       first = first or string.format('%.0f', tonumber(popped[i + 1]))
-      claim_reply(claims, id, attempt, task[2], task[3])
+      claim_reply(claims, id, attempt, task)
     end
   end
-  local taken = #claims / 4
+  local taken = #claims / CLAIMED
   if taken > 0 then
     redis.call('HINCRBY', p .. 'counts', 'QUEUED', -taken)
     redis.call('HINCRBY', p .. 'counts', 'RUNNING', taken)
@@ -146,9 +422,9 @@ end
 local function redeliver(p, slot)
   local claims = {}
   for _, id in ipairs(redis.call('SMEMBERS', p .. 'run:' .. slot)) do
-    local task = redis.call('HMGET', p .. 't:' .. id, 'state', 'slot', 'attempt', 'alone', 'spec')
+    local task = redis.call('HMGET', p .. 't:' .. id, unpack(CLAIM_FIELDS))
     if task[1] == 'RUNNING' and task[2] == slot then
-      claim_reply(claims, id, tonumber(task[3]), task[4], task[5])
+      claim_reply(claims, id, tonumber(task[3]), task)
     else
       redis.call('SREM', p .. 'run:' .. slot, id)
     end
@@ -209,7 +485,7 @@ local function quota_allows(p, tenant, slot, shape, n, ended, work, now)
   return 0
 end
 
--- slot, incarnation, n, then ends: (id, attempt, outcome, payload, age_ms, duration_ms, chance) …
+-- slot, incarnation, n, then ends: (id, attempt, outcome, payload, age_ms, duration_ms, chance, extra) …
 -- Commits all ends, then replies {word, commits, claims}: FENCED | CLOSE | DRAIN | PREEMPT | IDLE | WORK.
 -- With n = 0 it only commits. The agent calls it when it holds no claim of the slot but those that it reports.
 local function next_(keys, args)
@@ -225,20 +501,22 @@ local function next_(keys, args)
     for i, counted in ipairs(redis.call('HMGET', key, 'gpus', 'bytes', 'since')) do record[8 + i] = counted end
   end
   local commits, ended, ran, ran_ms, requeued = {}, 0, 0, 0, 0
-  for i = 4, #args, 7 do
-    local status = finish(p, slot, node, flag, args[i], args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 6], now)
+  for i = 4, #args, 8 do
+    local status, elsewhere = finish(p, slot, node, flag, args[i], args[i + 1], args[i + 2], args[i + 3], args[i + 4],
+      args[i + 6], args[i + 7], now)
     commits[#commits + 1] = status
-    if status == 'QUEUED' then requeued = requeued + 1 end
+    if status == 'QUEUED' and not elsewhere then requeued = requeued + 1 end
     if status ~= '' then ended = ended + 1 end
     -- A repeat is neither served nor learned from again.
     if status ~= '' and args[i + 5] ~= '' then ran = ran + 1; ran_ms = ran_ms + tonumber(args[i + 5]) end
   end
+  if ended > 0 then release(p, TOLD_MAX, now) end
   learn(p, shape, ran, ran_ms)
   local served = tonumber(record[6] or '0')
   if ran > 0 then served = redis.call('HINCRBY', key, 'served', ran) end
   -- The one way out: counts what the tenant has at work, and wakes who may go on instead.
   local function reply(word, claims, working)
-    local taken = word == 'WORK' and working ~= 'again' and #claims / 4 or 0
+    local taken = word == 'WORK' and working ~= 'again' and #claims / CLAIMED or 0
     if taken ~= ended then redis.call('HINCRBY', p .. 'tn:' .. tenant, 'running', taken - ended) end
     if working and not record[9] then count_work(p, tenant, slot, size_of(p, slot, shape), now) end
     if record[9] and not working then count_work(p, tenant, slot, nil, now) end
@@ -295,10 +573,11 @@ local function started(keys, args)
   local shape = redis.call('HGET', p .. 's:' .. slot, 'shape')
   for i = 3, #args, 3 do
     local key = p .. 't:' .. args[i]
-    local task = redis.call('HMGET', key, 'state', 'slot', 'attempt', 'started')
+    local task = redis.call('HMGET', key, 'state', 'slot', 'attempt', 'started', 'start_by', 'end_by')
     if task[1] == 'RUNNING' and task[2] == slot and task[3] == args[i + 1] then
       if not task[4] or task[4] == '' then -- a repeat comes later, with the same age
         redis.call('HSET', key, 'started', string.format('%.0f', now - tonumber(args[i + 2])))
+        if task[5] then in_time(p, args[i], task[6]) end
       end
       if shape then surprise(p, shape, tonumber(args[i + 2])) end
       count = count + 1
@@ -322,28 +601,101 @@ local function keep_log(keys, args)
   return 1
 end
 
--- id, tenant: CANCELLED at once where nothing runs; else its agent is told. Returns the state after, or nil.
-local function cancel(keys, args)
-  local p, id, tenant = keys[1], args[1], args[2]
-  local task = load_task(p, id)
-  if not task or (tenant ~= '' and task.tenant ~= tenant) then return nil end
-  if not LIVE[task.state] then return task.state end
+-- slot, incarnation, then (id, attempt, progress, message, checkpoint) …: what running attempts have reported; "" is nothing
+-- new of it (a message of " " is none any more). Returns how many are still the newest attempts, on this slot.
+local function progress(keys, args)
+  local p, slot, count = keys[1], args[1], 0
+  local record = redis.call('HMGET', p .. 's:' .. slot, 'status', 'incarnation')
+  if record[1] ~= 'OPEN' or record[2] ~= args[2] then return 0 end
+  for i = 3, #args, 5 do
+    local key = p .. 't:' .. args[i]
+    local task = redis.call('HMGET', key, 'state', 'slot', 'attempt')
+    if task[1] == 'RUNNING' and task[2] == slot and task[3] == args[i + 1] then
+      count = count + 1
+      if args[i + 2] ~= '' then redis.call('HSET', key, 'progress', args[i + 2]) end
+      if args[i + 3] ~= '' then redis.call('HSET', key, 'message', args[i + 3]) end
+      if args[i + 4] ~= '' then redis.call('HSET', key, 'checkpoint', args[i + 4]) end
+    end
+  end
+  return count
+end
+
+-- Ends a task for whoever may: CANCELLED at once where nothing runs; else its agent is told. Returns the state after.
+local function end_early(p, id, task, mark, now)
   if task.state == 'RUNNING' then
-    redis.call('HSET', p .. 't:' .. id, 'cancel', '1')
+    redis.call('HSET', p .. 't:' .. id, 'cancel', mark)
     redis.call('SADD', p .. 'x:' .. task.slot, id)
     redis.call('PUBLISH', p .. 'wake:' .. task.node, 'cancel ' .. task.slot)
     return 'RUNNING'
   end
   redis.call('ZREM', p .. 'q:' .. task.shape, id)
   redis.call('ZREM', p .. 'due', id)
-  finalise(p, id, task, 'CANCELLED', '', '', now_ms())
-  return 'CANCELLED'
+  if mark == '1' then return finalise(p, id, task, 'CANCELLED', '', '', now) end
+  return finalise(p, id, task, 'FAILED', '', mark, now)
 end
 
--- limit: moves tasks whose retry is due back to their queues; returns how many, and ms until the next one (or -1).
-local function due(keys, args)
-  local p, now = keys[1], now_ms()
-  local ids = redis.call('ZRANGEBYSCORE', p .. 'due', '-inf', now, 'LIMIT', 0, tonumber(args[1]))
+-- id, tenant: CANCELLED at once where nothing runs; else its agent is told. Returns the state after, or nil.
+local function cancel(keys, args)
+  local p, id, tenant = keys[1], args[1], args[2]
+  local task = load_task(p, id)
+  if not task or (tenant ~= '' and task.tenant ~= tenant) then return nil end
+  if not LIVE[task.state] then return task.state end
+  local now = now_ms()
+  local state = end_early(p, id, task, '1', now)
+  release(p, TOLD_MAX, now)
+  return state
+end
+
+-- array, tenant, from, most: cancels up to `most` of its tasks from that index on. {next index or -1, cancelled now,
+-- running ones told}; nil where there is no such array. What has no record yet gets one first: each task has an end of its own.
+local function cancel_array(keys, args)
+  local p, array, from, most = keys[1], args[1], tonumber(args[3]), tonumber(args[4])
+  local said = redis.call('HMGET', p .. 'a:' .. array, 'tenant', 'count', 'made')
+  if not said[1] or (args[2] ~= '' and said[1] ~= args[2]) then return nil end
+  local now, ended, told = now_ms(), 0, 0
+  local last = math.min(tonumber(said[2]), from + most)
+  if tonumber(said[3]) < last then expand_array(p, array, last - tonumber(said[3]), now) end
+  for index = from, last - 1 do
+    local id = id_in_array(array, index)
+    local task = load_task(p, id)
+    if task and LIVE[task.state] then
+      if end_early(p, id, task, '1', now) == 'RUNNING' then told = told + 1 else ended = ended + 1 end
+    end
+  end
+  release(p, TOLD_MAX, now)
+  return { last < tonumber(said[2]) and last or -1, ended, told }
+end
+
+-- Ends tasks whose time is up, at most so many. One that runs is ended by its agent, and fails by that.
+local function expire(p, most, now)
+  local ids = redis.call('ZRANGEBYSCORE', p .. 'exp', '-inf', now, 'LIMIT', 0, most)
+  for _, id in ipairs(ids) do
+    redis.call('ZREM', p .. 'exp', id)
+    local task = load_task(p, id)
+    if task and LIVE[task.state] then
+      local end_by, start_by = tonumber(task.end_by), tonumber(task.start_by)
+      if end_by and end_by <= now then
+        if task.state == 'RUNNING' then
+          if task.cancel == '' then end_early(p, id, task, DEADLINE, now) end
+        else
+          end_early(p, id, task, deadline_error('the task was waiting'), now)
+        end
+      elseif start_by and start_by <= now and task.state ~= 'RUNNING' then
+        end_early(p, id, task, cjson.encode({ type = 'StartTimeout',
+          message = 'no executor had taken the task within its start_timeout' }), now)
+      elseif start_by and start_by <= now then -- claimed, and not yet known to have started
+        redis.call('ZADD', p .. 'exp', string.format('%.0f', math.min(now + SECOND, end_by or math.huge)), id)
+      elseif end_by then
+        redis.call('ZADD', p .. 'exp', string.format('%.0f', end_by), id)
+      end
+    end
+  end
+  return #ids
+end
+
+-- Retries that are due go back to their queues, at most so many.
+local function retry(p, most, now)
+  local ids = redis.call('ZRANGEBYSCORE', p .. 'due', '-inf', now, 'LIMIT', 0, most)
   for _, id in ipairs(ids) do
     redis.call('ZREM', p .. 'due', id)
     local task = load_task(p, id)
@@ -352,9 +704,50 @@ local function due(keys, args)
       work_arrived(p, task.shape, 1)
     end
   end
-  local following = redis.call('ZRANGE', p .. 'due', 0, 0, 'WITHSCORES')
-  if #following == 0 then return { #ids, -1 } end
-  return { #ids, math.max(0, math.floor(tonumber(following[2]) - now)) }
+  return #ids
+end
+
+-- limit: what time brings: retries that are due, tasks whose time is up, those that wait for what has ended, and the rest of
+-- arrays; each at most so many. Returns how many of each, and ms until the next (0: there is more now; -1: nothing waits).
+local function due(keys, args)
+  local p, now, most = keys[1], now_ms(), tonumber(args[1])
+  local retried, expired = retry(p, most, now), expire(p, most, now)
+  local told = release(p, most, now)
+  local array, made = redis.call('SRANDMEMBER', p .. 'ao'), 0
+  if array then made = expand_array(p, array, most, now) end
+  if redis.call('SCARD', p .. 'ao') + redis.call('SCARD', p .. 'rel') > 0 then return { retried, expired, told, made, 0 } end
+  local following = math.huge
+  for _, name in ipairs({ 'due', 'exp' }) do
+    local head = redis.call('ZRANGE', p .. name, 0, 0, 'WITHSCORES')
+    if head[1] then following = math.min(following, tonumber(head[2])) end
+  end
+  return { retried, expired, told, made, following == math.huge and -1 or math.max(0, math.floor(following - now)) }
+end
+
+-- limit: the rest of arrays, at most so many tasks; returns how many arrays have more to come.
+local function expand(keys, args)
+  local p, array = keys[1], redis.call('SRANDMEMBER', keys[1] .. 'ao')
+  if array then expand_array(p, array, tonumber(args[1]), now_ms()) end
+  return redis.call('SCARD', p .. 'ao')
+end
+
+-- token, shape, limit: no node that is known, or could be added, can ever hold that shape: its tasks that are there since a
+-- smaller one ran out of memory fail with what they said then. Returns how many.
+local function refuse(keys, args)
+  local p, shape, failed = keys[1], args[2], 0
+  if not leads(p, args[1]) then return -1 end
+  local now = now_ms()
+  for _, id in ipairs(redis.call('ZRANGE', p .. 'q:' .. shape, 0, tonumber(args[3]) - 1)) do
+    local task = load_task(p, id)
+    if task and task.state == 'QUEUED' and task.oom == '1' then
+      redis.call('ZREM', p .. 'q:' .. shape, id)
+      redis.call('HINCRBY', p .. 't:' .. id, 'failures', 1)
+      finalise(p, id, task, 'FAILED', '', redis.call('HGET', p .. 't:' .. id, 'error') or '', now)
+      failed = failed + 1
+    end
+  end
+  release(p, TOLD_MAX, now)
+  return failed
 end
 
 local AGE_MISSES_MAX = 8 -- tasks of one priority that are too young before the rest is taken to be so: they stand by age
@@ -409,5 +802,9 @@ redis.register_function { function_name = 'ry_next', callback = next_, flags = {
 redis.register_function { function_name = 'ry_started', callback = started, flags = { 'allow-oom' } }
 redis.register_function('ry_log', keep_log)
 redis.register_function { function_name = 'ry_cancel', callback = cancel, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_progress', callback = progress, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_cancel_array', callback = cancel_array, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_expand', callback = expand, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'ry_refuse', callback = refuse, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_due', callback = due, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_age', callback = age, flags = { 'allow-oom' } }

@@ -382,15 +382,15 @@ local function mix(keys, args)
   return 'OK'
 end
 
--- token, tenants n, n × (tenant, running_max, gpus_max, memory_max, weight, vtime), then (shape, vtime) …: what each tenant
+-- token, tenants n, n × (tenant, running_max, gpus_max, memory_max, weight, vtime, retries_max), then (shape, vtime) …: what each tenant
 -- may have at work (0: no limit), and what it and its shapes have had. A higher limit wakes who waited for it.
 local function shares(keys, args)
   local p = keys[1]
   if not leads(p, args[1]) then return 'STALE' end
-  local first = 3 + 6 * tonumber(args[2])
-  for i = 3, first - 1, 6 do
+  local first = 3 + 7 * tonumber(args[2])
+  for i = 3, first - 1, 7 do
     redis.call('HSET', p .. 'tn:' .. args[i], 'running_max', args[i + 1], 'gpus_max', args[i + 2], 'memory_max', args[i + 3],
-      'weight', args[i + 4], 'vtime', args[i + 5])
+      'weight', args[i + 4], 'vtime', args[i + 5], 'retries_max', args[i + 6])
     give_turns(p, args[i])
   end
   for i = first, #args, 2 do
@@ -456,30 +456,79 @@ local function sweep_nodes(p, before)
   end
 end
 
--- token, tasks ended before (ms), tasks kept, slots closed and nodes gone before (ms), limit: forgets what is old.
--- Returns how many tasks and slots.
-local function sweep(keys, args)
-  local p, limit = keys[1], tonumber(args[5])
-  if not leads(p, args[1]) then return { 0, 0 } end
-  local old = redis.call('ZRANGEBYSCORE', p .. 'done', '-inf', '(' .. args[2], 'LIMIT', 0, limit)
-  local excess = redis.call('ZCARD', p .. 'done') - tonumber(args[3])
-  if excess > #old then old = redis.call('ZRANGE', p .. 'done', 0, math.min(excess, limit) - 1) end
+-- Its name is free again, unless another task has it by now.
+local function free_name(p, tenant, spec, id)
+  local name = string.find(spec, '"name":', 1, true) and cjson.decode(spec).name
+  if not name then return end
+  local said = redis.call('HGET', p .. 'nm:' .. tenant, name)
+  if said and string.match(said, '^%S+') == id then redis.call('HDEL', p .. 'nm:' .. tenant, name) end
+end
+
+-- An array goes with the last of its tasks.
+local function leave_array(p, tenant, array)
+  local key = p .. 'a:' .. array
+  if redis.call('HINCRBY', key, 'kept', -1) > 0 then return end
+  free_name(p, tenant, redis.call('HGET', key, 'spec') or '', array)
+  redis.call('ZREM', p .. 'ar:' .. tenant, array)
+  redis.call('DEL', key)
+end
+
+-- Forgets finished tasks of a tenant that ended before a time, or are more than are kept, at most so many. One that others
+-- have still to be told of stays.
+local function sweep_tenant(p, tenant, before, kept, limit)
+  local key = p .. 'dn:' .. tenant
+  local old = redis.call('ZRANGEBYSCORE', key, '-inf', '(' .. before, 'LIMIT', 0, limit)
+  local excess = redis.call('ZCARD', key) - tonumber(kept)
+  if excess > #old then old = redis.call('ZRANGE', key, 0, math.min(excess, limit) - 1) end
+  local swept = 0
   for _, id in ipairs(old) do
-    local task = redis.call('HMGET', p .. 't:' .. id, 'tenant', 'state')
-    redis.call('ZREM', p .. 'done', id)
-    if task[1] and not LIVE[task[2]] then
-      redis.call('ZREM', p .. 'tt:' .. task[1], id)
-      redis.call('DEL', p .. 't:' .. id, p .. 'l:' .. id)
-      count_move(p, task[2], nil)
+    local task = redis.call('HMGET', p .. 't:' .. id, 'state', 'spec', 'array')
+    if redis.call('EXISTS', p .. 'ch:' .. id, p .. 'ch:' .. (task[3] or id)) == 0 then
+      redis.call('ZREM', key, id)
+      if task[1] and not LIVE[task[1]] then
+        swept = swept + 1
+        redis.call('ZREM', p .. 'tt:' .. tenant, id)
+        redis.call('DEL', p .. 't:' .. id, p .. 'l:' .. id)
+        count_move(p, task[1], nil)
+        if task[3] then leave_array(p, tenant, task[3]) else free_name(p, tenant, task[2], id) end
+      end
     end
   end
-  local tombs = redis.call('ZRANGEBYSCORE', p .. 'tombs', '-inf', '(' .. args[4], 'LIMIT', 0, limit)
+  if redis.call('EXISTS', key) == 0 then redis.call('SREM', p .. 'dt', tenant) end
+  return swept
+end
+
+local function sweep_keys(p, before, limit)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', p .. 'iks', '-inf', '(' .. before, 'LIMIT', 0, limit)) do
+    redis.call('ZREM', p .. 'iks', member)
+    local tenant, key = string.match(member, '^(%S+) (%S+)$')
+    local said = redis.call('HGET', p .. 'ik:' .. tenant, key)
+    if said and tonumber(string.match(said, '^%d+')) < before then redis.call('HDEL', p .. 'ik:' .. tenant, key) end
+  end
+end
+
+-- token, slots closed and nodes gone before (ms), limit, tasks ended before (ms) and tasks kept of a tenant that is not named,
+-- then (tenant, ended before, kept) …: forgets what is old, of each tenant and of slots at most so many.
+-- Returns how many tasks and slots.
+local function sweep(keys, args)
+  local p, limit = keys[1], tonumber(args[3])
+  if not leads(p, args[1]) then return { 0, 0 } end
+  local rules = {}
+  for i = 6, #args, 3 do rules[args[i]] = { args[i + 1], args[i + 2] } end
+  local swept = 0
+  for _, tenant in ipairs(redis.call('SMEMBERS', p .. 'dt')) do
+    local rule = rules[tenant] or { args[4], args[5] }
+    swept = swept + sweep_tenant(p, tenant, rule[1], rule[2], limit - swept)
+    if swept >= limit then break end
+  end
+  sweep_keys(p, now_ms() - KEPT_MS, limit)
+  local tombs = redis.call('ZRANGEBYSCORE', p .. 'tombs', '-inf', '(' .. args[2], 'LIMIT', 0, limit)
   for _, slot in ipairs(tombs) do
     redis.call('ZREM', p .. 'tombs', slot)
     redis.call('DEL', p .. 's:' .. slot)
   end
-  sweep_nodes(p, tonumber(args[4]))
-  return { #old, #tombs }
+  sweep_nodes(p, tonumber(args[2]))
+  return { swept, #tombs }
 end
 
 redis.register_function { function_name = 'ry_request', callback = request, flags = { 'allow-oom' } }

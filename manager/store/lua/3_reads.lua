@@ -83,7 +83,7 @@ local function state(keys, args)
 end
 
 local LIST_FIELDS = { 'state', 'function', 'attempt', 'shape', 'node', 'created', 'queued', 'started', 'finished',
-  'failures', 'crashes', 'losses', 'error', 'sequence' }
+  'failures', 'crashes', 'losses', 'error', 'array', 'index', 'progress', 'sequence' }
 local SCAN_MAX = 2000 -- records looked at in one call; the caller goes on from the cursor
 
 -- Newer servers write the score 100000000 as 1e+8.

@@ -1,0 +1,229 @@
+"""The cluster of a chaos run: ``rocyard up`` with its own store, a proxy before that, and a second controller.
+
+Says which processes there are; does nothing to them.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import psutil
+
+from manager import ports
+from manager.children import Child, Command, tied
+from manager.fleet import with_simulated_group
+from manager.settings import Secret
+from manager.settings_load import load_settings
+from manager.store.server import HOST, find_program
+from manager.store.server import _free_port as free_store_port
+from tests.chaos.proxy import Proxy
+from tests.integration.cluster import Cluster
+
+WITNESS: Final = Path(__file__).parent / "witness"
+FUNCTIONS: Final = ("work", "fail", "crash")
+FLEET: Final = "3x2:mi300x"
+STORE_DISK_BYTES: Final = 512 * 1024 * 1024
+ROLES: Final = ("scheduler", "controller", "api", "autoscaler")
+SETTINGS: Final = {
+    # A run is a minute long: what production does in 12 s is done in 5. Not sooner, since the machine may be busy with others.
+    "ROCYARD_NODE__BEAT_S": "1",
+    "ROCYARD_NODE__LEASE_BEATS": "5",
+    "ROCYARD_NODE__PROBE_S": "2",
+    "ROCYARD_CONTROLLER__PERIOD_S": "1",
+    "ROCYARD_CONTROLLER__TERM_S": "5",
+    "ROCYARD_SLOTS__OPEN_DEADLINE_S": "8",
+    "ROCYARD_AUTOSCALER__MODE": "active",
+    "ROCYARD_AUTOSCALER__PERIOD_S": "2",
+    "ROCYARD_AUTOSCALER__TERM_S": "6",
+    "ROCYARD_AUTOSCALER__DOWN_WINDOW_S": "10",
+}
+
+
+class Unavailable(Exception):
+    """This machine does not allow something; the message says what it needs."""
+
+
+def build_synced(folder: Path) -> Path:
+    """Compile the library that notes what the store has synced.
+
+    Raises:
+        Unavailable: there is no C compiler.
+    """
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        raise Unavailable("needs gcc (on Debian: apt-get install gcc libc6-dev)")
+    library = folder / "synced.so"
+    source = Path(__file__).with_name("synced.c")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", str(library), str(source), "-ldl", "-lpthread"], check=True
+    )
+    (folder / "synced").mkdir(exist_ok=True)
+    return library
+
+
+def install_program(folder: Path, port: int) -> Path:
+    """A folder for PATH, with a ``redis-server`` that is `store_program`."""
+    real = find_program().path
+    binaries = folder / "bin"
+    binaries.mkdir()
+    script = binaries / "redis-server"
+    words = (sys.executable, "-S", "-E", str(Path(__file__).with_name("store_program.py")), str(folder), real, str(port))
+    script.write_text(f'#!/bin/sh\nexec {" ".join(f"{word!r}" for word in words)} "$@"\n')
+    script.chmod(0o700)
+    return binaries
+
+
+def _version() -> str:
+    """What the store's program is."""
+    found = find_program()
+    return f"{Path(found.path).name} {'.'.join(map(str, found.version))}"
+
+
+class ChaosCluster(Cluster):
+    """One cluster in `directory`, and what is around it.
+
+    Attributes:
+        program: of the store, with its version.
+        skipped: faults that this machine does not allow, and why.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.skipped: dict[str, str] = {}
+        self.program = _version()
+        self.store_port = free_store_port(HOST)
+        self.proxy_port = free_store_port(HOST)
+        dask_port, dashboard_port, api_port = (ports.free_port(HOST) for _ in range(3))
+        binaries = install_program(directory, self.store_port)
+        try:
+            build_synced(directory)
+        except Unavailable as error:
+            self.skipped["power store"] = str(error)
+        environ = {
+            **SETTINGS,
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+            "ROCYARD_STORE__PORT": str(self.proxy_port),
+            "ROCYARD_DASK__PORT": str(dask_port),
+            "ROCYARD_DASK__DASHBOARD_PORT": str(dashboard_port),
+            "ROCYARD_API__PORT": str(api_port),
+        }
+        super().__init__(directory, environ, FLEET)
+        self.tie = tied(())
+        functions = {
+            f"chaos-{name}": {"target": f"chaos_functions:{name}", "path": str(WITNESS), "memory": "1GiB"} for name in FUNCTIONS
+        }
+        (directory / "rocyard.yaml").write_text(json.dumps({"functions": functions}))
+        self.proxy = Proxy(HOST, self.store_port)
+        self.disk = directory / "data" / "store"
+        self._mounted = False
+        self._second: Child | None = None
+
+    @property
+    def url(self) -> str:
+        """Of the API."""
+        return self.client.address.url
+
+    @property
+    def direct_store_url(self) -> str:
+        """Past the proxy."""
+        kept = json.loads((self.directory / "data" / "store.json").read_text())
+        return f"redis://rocyard:{kept['password']}@{HOST}:{self.store_port}/0"
+
+    async def begin(self) -> None:
+        """Start everything."""
+        self._mount()
+        starting = asyncio.create_task(asyncio.to_thread(self.start))
+        # Not before the supervisor has looked whether the port is free; the store's start says that it has.
+        while not (self.directory / "starts.jsonl").exists() and not starting.done():
+            await asyncio.sleep(0.02)
+        if not starting.done():
+            await self.proxy.listen(self.proxy_port)
+        await starting
+        self._second = Child(self._controller(), self.directory / "data" / "logs", lambda _name, _status: None)
+        await self._second.start()
+
+    async def end(self) -> None:
+        """End everything."""
+        if self.process is not None:
+            family = self.family() if self.process.poll() is None else []
+            # Its death ends everything below it; what came after all to be left behind is ended here.
+            self.process.kill()
+            self.process.wait()
+            for survivor in (await asyncio.to_thread(psutil.wait_procs, family, 5))[1]:
+                survivor.kill()
+        if self._second is not None:
+            await self._second.stop()
+        await self.proxy.close()
+        if self._mounted:
+            subprocess.run(["umount", "-l", str(self.disk)], check=False)
+
+    def _mount(self) -> None:
+        """A small disk for the store, where root may mount one."""
+        self.disk.mkdir(mode=0o700, parents=True)
+        argv = ["mount", "-t", "tmpfs", "-o", f"size={STORE_DISK_BYTES},mode=0700", "tmpfs", str(self.disk)]
+        try:
+            self._mounted = subprocess.run(argv, check=False, capture_output=True).returncode == 0
+        except OSError:
+            self._mounted = False
+        if not self._mounted:
+            self.skipped["full store"] = "needs the right to mount a tmpfs (root)"
+
+    def _controller(self) -> Command:
+        """A second candidate for leader, as ``rocyard up`` would start it."""
+        environ = {**self.environ, "ROCYARD_NODE__SIMULATE": FLEET, "ROCYARD_NODE__DEVICES": "simulated"}
+        settings = with_simulated_group(load_settings(None, environ, {}))
+        store = msgspec.structs.replace(settings.store, url=Secret(self.store_url()))
+        settings = msgspec.structs.replace(settings, store=store)
+        argv = (sys.executable, "-m", "manager.cli.process", "controller")
+        return Command("controller-2", argv, msgspec.json.encode(settings))
+
+    # --- processes, by one look at the machine -------------------------------------------------------------------
+
+    def look(self) -> "Processes":
+        """All processes that there are now. Takes some milliseconds: not in an event loop."""
+        assert self.process is not None
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        if self._second is not None and self._second.pid is not None:
+            with contextlib.suppress(psutil.Error):
+                family.append(psutil.Process(self._second.pid))
+        found = Processes()
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                found.add(process)
+        return found
+
+
+class Processes:
+    """Processes by part. An agent comes with its node's name only where it is asked from its settings: so by its pid."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[psutil.Process]] = {}
+
+    def add(self, process: psutil.Process) -> None:
+        line = process.cmdline()
+        part = ""
+        if process.name().startswith(("redis", "valkey")):
+            part = "store"
+        elif "manager.lifeline" in line:
+            return  # is about to become another
+        elif "manager.cli.process" in line:
+            part = {"node": "agent"}.get(line[-1], line[-1])
+        elif "plugins.worker_process" in line:
+            part = "worker"
+        elif any(word.endswith("executor.py") for word in line):
+            parent = process.parent()
+            # The guard is the agent's child, and the executor its: only that one runs tasks.
+            if parent is not None and any(word.endswith("executor.py") for word in parent.cmdline()):
+                part = "executor"
+        if part:
+            self.parts.setdefault(part, []).append(process)
+
+    def of(self, part: str) -> list[psutil.Process]:
+        return sorted(self.parts.get(part, []), key=lambda process: process.pid)
