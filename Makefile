@@ -3,6 +3,7 @@
 #   PYTHON  the Python that makes the virtual environment
 #   VENV    the virtual environment; one of yours is used as it is, and a torch in it is left alone
 #   SEEDS   seeds of `make soak`
+#   SEED    of `make chaos`, which also takes SECONDS of load and OUT, a folder for its report
 #   ARGS    arguments for what is run, such as ARGS='--simulate 4x8:mi300x'
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: run demo test lint soak load coverage bench clean help
+.PHONY: run demo test lint soak chaos load coverage bench clean help
 .SILENT:
 .SUFFIXES:
 
@@ -43,6 +44,9 @@ lint: $(STAMPS)/test  ## ruff and mypy
 soak: $(STAMPS)/test  ## random deaths of schedulers and Dask workers, with other seeds (SEEDS="2 3 4")
 	for seed in $(or $(SEEDS),2 3 4 5 6); do \
 	  echo "seed $$seed"; $(BIN)/python -m pytest -q tests/integration/test_soak.py --soak-seed $$seed || exit 1; done
+
+chaos: $(STAMPS)/test  ## faults on real processes under load, and the verdict (SEED=1 SECONDS=60 OUT=folder for the report)
+	exec $(BIN)/python -m tests.chaos --seed $(or $(SEED),1) --seconds $(or $(SECONDS),60) $(if $(OUT),--out $(OUT))
 
 load: $(STAMPS)/load  ## 20 s of load on the API of a cluster of its own (ARGS='--users 50 --run-time 60s' goes to locust)
 	exec $(BIN)/python tests/load/run.py $(ARGS)

@@ -73,14 +73,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     runs: list[Run]
 
 
-def load(system: System, *, tasks: int = 0, submits: int = 0, concurrency: int = 1) -> Measured:
+def load(system: System, *, tasks: int = 0, submits: int = 0, concurrency: int = 1, body: str = BODY) -> Measured:
     """Run the load generator against `system`."""
     plan = Plan(
         host=system.host,
         port=system.port,
         path="/v1/tasks",
         headers=system.headers,
-        body=BODY,
+        body=body,
         tasks=tasks,
         submits=submits,
         concurrency=concurrency,

@@ -28,9 +28,9 @@ SAFE: Final = "replayed" in Accepted.__struct_fields__
 """Whether the API knows the header Idempotency-Key."""
 MEMORIES: Final = ("1GiB", "16GiB", "60GiB", "120GiB")
 MIX: Final = {
-    "quick": 50,
-    "short": 26,
-    "long": 5,
+    "quick": 46,
+    "short": 25,
+    "long": 10,
     "pair": 5,
     "fails": 4,
     "flaky": 5,

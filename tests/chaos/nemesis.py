@@ -60,9 +60,7 @@ class Nemesis:
 
     def _tell(self, one: Planned, at: float, pids: tuple[int, ...], detail: str = "") -> None:
         self.done += 1
-        self.faults.write(
-            Fault(number=one.number, what=one.what, whom=one.whom, pids=pids, at=at, until=now(), detail=detail)
-        )
+        self.faults.write(Fault(number=one.number, what=one.what, whom=one.whom, pids=pids, at=at, until=now(), detail=detail))
 
     # --- processes ----------------------------------------------------------------------------------------------
 

@@ -87,7 +87,10 @@ def page(run: Run, verdict: Verdict, faults: list[Fault]) -> str:
         "",
     ]
     if run.skipped:
-        lines += ["Not possible on this machine: " + "; ".join(f"{kind} ({why})" for kind, why in run.skipped.items()) + ".", ""]
+        lines += [
+            "Not possible on this machine: " + "; ".join(f"{kind} ({why})" for kind, why in run.skipped.items()) + ".",
+            "",
+        ]
     for name, found in verdict.problems.items():
         lines += [f"## {name}", "", *(f"- {one}" for one in found), ""]
     lines += ["## All faults", "", "| s | fault | |", "|---|---|---|"]

@@ -59,9 +59,7 @@ def _read_run(folder: Path) -> Run:
 
 
 async def _run(seed: int, seconds: float, folder: Path, cluster: ChaosCluster, say: Callable[[str], None]) -> None:
-    calls, faults, ends, rows = (
-        Writer(folder / name) for name in (history.CALLS, history.FAULTS, history.ENDS, history.STORE)
-    )
+    calls, faults, ends, rows = (Writer(folder / name) for name in (history.CALLS, history.FAULTS, history.ENDS, history.STORE))
     witness = folder / history.TASKS
     watch = Watch(lambda: cluster.direct_store_url, witness, ends)
     load = Load(cluster.url, cluster.client.address.api_key.value, str(witness), seed, calls)

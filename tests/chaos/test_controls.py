@@ -117,7 +117,9 @@ class Client:
         """Whether the store is there."""
         self.number += 1
         wanted = submission(f"key-{self.number}")
-        call = Call(number=self.number, outcome=Outcome.INVOKE, op="submit", at=now(), keys={f"key-{self.number}": Due.SUCCEEDED})
+        call = Call(
+            number=self.number, outcome=Outcome.INVOKE, op="submit", at=now(), keys={f"key-{self.number}": Due.SUCCEEDED}
+        )
         self.calls.write(call)
         try:
             await self.store.submit("red", 1_000_000, [wanted])

@@ -154,6 +154,7 @@ async def test_a_sweep_keeps_the_newest(lab: Lab):
 async def test_a_sweep_never_takes_a_task_that_is_not_final(lab: Lab):
     task = await lab.one()
     await lab.raw("ZADD", "{ry}:dn:red", 1, task)  # whatever may have put it there
+    await lab.raw("SADD", "{ry}:dt", "red")
     await lab.lead()
     await lab.store.sweep(lab.token, 10**15, 0, 10**15)
     assert await lab.status(task) is TaskStatus.QUEUED

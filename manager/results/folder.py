@@ -1,0 +1,259 @@
+"""Results in a folder: of this machine, or one that all machines share."""
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from manager.core.errors import ResultNotStored, StartError
+from manager.core.model import ResultFile
+from manager.log import get_logger
+from manager.results.store import (
+    CHECKPOINTS,
+    CHUNK_BYTES,
+    CLOCK,
+    FILES,
+    WRITING,
+    Leftover,
+    checked_name,
+    file_name,
+    leftover_of,
+    missing,
+    writing_name,
+)
+
+FOLDER_MODE: Final = 0o700
+FILE_MODE: Final = 0o600
+BATCH: Final = 500
+"""Of one list of a scan: as many as one call of the store takes."""
+
+log = get_logger("rocyard.results")
+
+
+class FolderResults:
+    """A folder that holds results, those that are being written, and checkpoints.
+
+    Args:
+        root: absolute. Whoever may write there is trusted with every result in it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def prepare(self) -> None:
+        """Make what is not there yet, and see that it can be written.
+
+        Raises:
+            StartError: it cannot.
+        """
+        try:
+            self.root.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+            for name in (FILES, WRITING, CHECKPOINTS):
+                (self.root / name).mkdir(mode=FOLDER_MODE, exist_ok=True)
+            self._clock_s()
+        except OSError as error:
+            raise StartError(
+                f"results.url: {self.root} cannot be written ({_words(error)}): make it a folder that all agents, the API and "
+                "the controller of the cluster may write, or name another one"
+            ) from error
+
+    # --- for agents ---------------------------------------------------------------------------------------------
+
+    def place(self, task_id: str, attempt: int) -> Path | None:
+        """Beside the results, so that a rename brings it to its name."""
+        return self.root / writing_name(task_id, attempt)
+
+    async def keep(self, path: Path, task_id: str, attempt: int, size: int, sha256: str) -> ResultFile:
+        """Check, sync, move, sync the folder. See `ResultStore`."""
+        name = file_name(task_id, attempt)
+        try:
+            await asyncio.to_thread(self._keep, path, self.root / name, size)
+        except OSError as error:
+            raise not_stored(size, str(self.root), _words(error)) from error
+        return ResultFile(name, size, sha256)
+
+    def _keep(self, path: Path, target: Path, size: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            sync_written(path, size)
+            try:
+                path.replace(target)
+            except FileNotFoundError:
+                target.parent.mkdir(mode=FOLDER_MODE, exist_ok=True)
+                _sync_folder(target.parent.parent)
+                path.replace(target)
+        # Moved by an earlier call, of which only the sync of the folder may be missing; or never written.
+        if target.stat().st_size != size:
+            raise OSError(errno.EIO, f"the file has {target.stat().st_size} bytes")
+        _sync_folder(target.parent)
+
+    async def discard(self, file: ResultFile) -> None:
+        """Remove it. See `ResultStore`."""
+        await self.remove([checked_name(file)])
+
+    def folder(self, task_id: str) -> str:
+        """Made on demand; empty where it cannot be, which the task's own writing would have told it later."""
+        path = self.root / CHECKPOINTS / task_id
+        try:
+            path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        except OSError as error:
+            log.warning("checkpoint_folder_not_made", task=task_id, folder=str(path), error=_words(error))
+            return ""
+        return str(path)
+
+    # --- for the API --------------------------------------------------------------------------------------------
+
+    async def open(self, file: ResultFile) -> AsyncIterator[bytes]:
+        """Read it in pieces. See `ResultStore`."""
+        path = self.root / checked_name(file)
+        try:
+            descriptor = await asyncio.to_thread(_opened, path, file.bytes)
+        except FileNotFoundError:
+            raise missing(file, "the file is not in the results folder any more; somebody or something else has removed it") from None
+        except OSError as error:
+            raise missing(file, _words(error)) from error
+        return checked_pieces(file, lambda: os.read(descriptor, CHUNK_BYTES), lambda: os.close(descriptor))
+
+    # --- for the leader -----------------------------------------------------------------------------------------
+
+    async def scan(self) -> AsyncIterator[list[Leftover]]:
+        """All files, folder by folder. See `ResultStore`."""
+        now_s = await asyncio.to_thread(self._clock_s)
+        folders = [WRITING, CHECKPOINTS, *(f"{FILES}/{name}" for name in await asyncio.to_thread(_names, self.root / FILES))]
+        for folder in folders:
+            found = await asyncio.to_thread(self._listed, folder, now_s)
+            for first in range(0, len(found), BATCH):
+                yield found[first : first + BATCH]
+
+    def _listed(self, folder: str, now_s: float) -> list[Leftover]:
+        found: list[Leftover] = []
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # it was moved or removed meanwhile
+                    age_s = max(0.0, now_s - entry.stat(follow_symlinks=False).st_mtime)
+                    if (leftover := leftover_of(f"{folder}/{entry.name}", age_s)) is not None:
+                        found.append(leftover)
+        return found
+
+    async def remove(self, names: Sequence[str]) -> int:
+        """Remove files and folders. See `ResultStore`."""
+        return await asyncio.to_thread(self._remove, names)
+
+    def _remove(self, names: Sequence[str]) -> int:
+        removed = 0
+        for name in names:
+            path = self.root / name
+            if leftover_of(name, 0.0) is None:
+                continue
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as error:  # the next scan tries again
+                log.warning("result_not_removed", name=name, error=_words(error))
+                continue
+            removed += 1
+        return removed
+
+    def _clock_s(self) -> float:
+        """What time it is where the files lie: a server of files has a clock of its own."""
+        descriptor = os.open(self.root / CLOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+        try:
+            os.write(descriptor, b"%d\n" % time.time_ns())
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
+
+
+def not_stored(size: int, where: str, why: str) -> ResultNotStored:
+    """The error for a result that could not be kept."""
+    return ResultNotStored(f"the result ({size} bytes) could not be stored in {where}: {why}")
+
+
+def sync_written(path: Path, size: int) -> None:
+    """See that what an executor has written is on disk, is a plain file, and as long as it said; user code runs there.
+
+    Raises:
+        OSError: it is not.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise OSError(errno.EINVAL, "it is no plain file of its own")
+        if status.st_size != size:
+            raise OSError(errno.EIO, f"the file has {status.st_size} bytes")
+        os.fchmod(descriptor, FILE_MODE)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+async def checked_pieces(file: ResultFile, read: Callable[[], bytes], close: Callable[[], None]) -> AsyncIterator[bytes]:
+    """Pieces of a file, of which the last one is given only once all are known to be what was kept.
+
+    Args:
+        read: the next piece, empty at the end.
+        close: called when nobody reads any more.
+
+    Raises:
+        ResultMissing: it is shorter, longer or another.
+    """
+    digest, size, held = hashlib.sha256(), 0, b""
+    try:
+        while piece := await asyncio.to_thread(_next_piece, read, digest):
+            size += len(piece)
+            if held:
+                yield held
+            held = piece
+        if size != file.bytes:
+            raise missing(file, f"the file has {size} bytes")
+        if digest.hexdigest() != file.sha256:
+            raise missing(file, f"the file's SHA-256 is {digest.hexdigest()}, and it was {file.sha256} when it was kept")
+        if held:
+            yield held
+    except OSError as error:
+        raise missing(file, _words(error)) from error
+    finally:
+        await asyncio.to_thread(close)
+
+
+def _next_piece(read: Callable[[], bytes], digest: "hashlib._Hash") -> bytes:
+    piece = read()
+    digest.update(piece)
+    return piece
+
+
+def _opened(path: Path, size: int) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(descriptor).st_size
+    if found != size:
+        os.close(descriptor)
+        raise OSError(errno.EIO, f"the file has {found} bytes")
+    return descriptor
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or str(error)
