@@ -78,9 +78,9 @@ def measure(store: redis.Redis, system: systems.System, fsync: str, name: str, c
     """One run."""
     store.config_set("appendfsync", fsync)
     body = LOADS[name]
-    load(system, submits=min(WARM_UP, submits), concurrency=clients, body=body)
+    load(system, submits=min(WARM_UP, submits), concurrency=clients, body=body, drain=body is RUNS)
     before = (cpu_s(system, "store"), cpu_s(system, "api"), int(store.info("persistence")["aof_current_size"]))
-    measured = load(system, submits=submits, concurrency=clients, body=body)
+    measured = load(system, submits=submits, concurrency=clients, body=body, drain=body is RUNS)
     after = (cpu_s(system, "store"), cpu_s(system, "api"), int(store.info("persistence")["aof_current_size"]))
     return Run(
         fsync=fsync,

@@ -73,7 +73,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     runs: list[Run]
 
 
-def load(system: System, *, tasks: int = 0, submits: int = 0, concurrency: int = 1, body: str = BODY) -> Measured:
+def load(
+    system: System, *, tasks: int = 0, submits: int = 0, concurrency: int = 1, body: str = BODY, drain: bool = True
+) -> Measured:
     """Run the load generator against `system`."""
     plan = Plan(
         host=system.host,
@@ -84,6 +86,7 @@ def load(system: System, *, tasks: int = 0, submits: int = 0, concurrency: int =
         tasks=tasks,
         submits=submits,
         concurrency=concurrency,
+        drain=drain,
     )
     program = [sys.executable, "-P", str(Path(__file__).with_name("load.py"))]
     done = subprocess.run(program, input=msgspec.json.encode(plan), stdout=subprocess.PIPE, check=True)

@@ -31,6 +31,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         submits: how many are only submitted in the second phase.
         concurrency: how many clients, each with one task at a time.
         wait_s: what GET asks the server to wait.
+        drain: whether what was only submitted is waited for at the end.
     """
 
     host: str
@@ -42,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     submits: int
     concurrency: int
     wait_s: int = 30
+    drain: bool = True
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,8 +159,10 @@ class Load:
         task_id = ""
         while self.submits_left > 0:
             self.submits_left -= 1
+            start = time.perf_counter()
             task_id = await self.submit(connection)
-        if task_id:
+            self.posts_s.append(time.perf_counter() - start)
+        if task_id and self.plan.drain:
             self.last_ids.append(task_id)
 
     async def run(self) -> Measured:

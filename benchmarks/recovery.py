@@ -1,5 +1,5 @@
 # ruff: noqa: E402 -- the search path must be put right before anything else is imported
-"""How long work stands still after a fault: ``python benchmarks/recovery.py [--injections 30] [--faults agent,node,…] [--json]``.
+"""How long work stands still after a fault: ``python benchmarks/recovery.py [--injections 30] [--faults agent,node] [--json]``.
 
 A cluster of its own with default settings (but no autoscaler, which would add nodes for what waits), four nodes of two devices,
 and a warm executor on each device. Faults come one after the other, each process is let alone until it counts as well again:
@@ -9,8 +9,8 @@ and a warm executor on each device. Faults come one after the other, each proces
 * ``store``: kill -9. Until a task that is submitted right after, again and again, runs.
 * ``api``: kill -9. Until it has accepted a task.
 * ``leader``: kill -9 of the controller. Until another has the lead.
-* ``scheduler``, ``worker``: kill -9 of the Dask scheduler, or of all Dask workers, while 10,000 tasks wait. Until a task that needs a
-  new slot, submitted right after, runs.
+* ``scheduler``, ``worker``: kill -9 of the Dask scheduler, or of all Dask workers, while 10,000 tasks wait. Until a task that
+  needs a new slot, submitted right after, runs.
 
 Times of starts are those in the task's record. A task that runs elsewhere meanwhile must not be interrupted: that is counted.
 """

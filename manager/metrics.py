@@ -84,6 +84,7 @@ API_REQUEST_DURATION = Histogram(
 # The store, as each process sees it.
 STORE_RECONNECTS = Counter("rocyard_store_reconnects_total", "Connections to the store made anew.")
 STORE_ERRORS = Counter("rocyard_store_errors_total", "Calls to the store that failed.", ("kind",))
+STORE_REFUSED = Gauge("rocyard_store_refused", "1 while this process refuses the store, by reason.", ("reason",))
 
 # What should not happen, and is survived.
 LOOP_ERRORS = Counter("rocyard_loop_errors_total", "Exceptions that reached the top of a loop.", ("loop",))

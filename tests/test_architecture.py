@@ -23,6 +23,7 @@ SHELL = (
     "manager.settings_sources",
     "manager.store",
     "manager.metrics",
+    "manager.results",  # where agents put large results and who reads them finds them
     "manager.log",
     "manager.lifeline",  # a process ends with its parent: one rule for all that start processes
     "manager.tls",  # which files a role uses, and what is made of them
@@ -59,6 +60,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "amdsmi": ("plugins.node.devices.amd",),
     "pynvml": ("plugins.node.devices.nvidia",),
     "litestar": ("manager.api",),
+    "fsspec": ("manager.results",),
     "dask": ("plugins", "manager.dask_side", "manager.cli", "rocyard"),
     "distributed": ("plugins", "manager.dask_side", "manager.cli", "rocyard"),
     "kubernetes": ("autoscaler.providers.kubernetes",),

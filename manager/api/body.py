@@ -33,6 +33,12 @@ _BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _ALL_BUT_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]")
 _STRINGS: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<field>.*?)`(?: - at `(?P<path>.*)`)?$", re.DOTALL)
+_HINTS: Final = {
+    "deadline": "Write a time in UTC, or with its offset: '2027-01-31T18:00:00Z'.",
+    "name": "Up to 128 letters, digits and . _ : / -, the first of them a letter or a digit.",
+    "retry_on": "Write names of exceptions, such as 'ConnectionError'.",
+    "after": "Write up to 100 ids of tasks; in a batch also numbers of tasks that stand before it.",
+}
 _PLACE: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 
 R = TypeVar("R", bound=Request)
@@ -221,4 +227,5 @@ def _refuse(message: str, kind: type[msgspec.Struct], within: str = "") -> NoRet
         field = f"{field}.{name}" if field else name
         raise BadRequest(f"{field}: there is no such field.{near(name, known)}", field=field, known=list(known))
     what = match.group("what")
-    raise BadRequest(f"{field}: {what}." if field else f"{what}.", field=field)
+    hint = _HINTS.get(path.partition("[")[0], "") if kind in {TaskRequest, PlanRequest} else ""
+    raise BadRequest(f"{field}: {what}. {hint}".rstrip() if field else f"{what}.", field=field)

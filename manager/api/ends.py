@@ -28,6 +28,8 @@ REREAD_AT_ONCE: Final = 100
 PATIENCE_S: Final = 2.0
 """A wait that is longer also watches whether the peer is still there."""
 
+_NO_ARGS: Final = msgspec.Raw(b"{}")
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -93,7 +95,9 @@ class Ends:
 
     def submitting(self, task_id: str, tenant: str, spec: TaskSpec, now_ms: int) -> None:
         """A task is about to be submitted: its end may come before the answer to its submission."""
-        light = TaskSpec(spec.function, msgspec.Raw(b"{}"), spec.resources, spec.priority, spec.max_attempts, spec.time_limit_s)
+        if spec.after or spec.retry_on:  # its queue is entered later than it is submitted; or it is long
+            return
+        light = msgspec.structs.replace(spec, args=_NO_ARGS)
         self._remember(Remembered(task_id, tenant, light, now_ms, self._connection if self._live else -1))
 
     def forget(self, task_id: str) -> None:

@@ -34,7 +34,11 @@ BASE_HEADERS: Final[Headers] = [
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"cache-control", b"no-store"),
 ]
-_WANTED: Final = frozenset({b"authorization", b"content-type", b"content-encoding", b"content-length", b"x-request-id"})
+_WANTED: Final = frozenset({
+    *(b"authorization", b"content-type", b"content-encoding", b"content-length"),
+    *(b"idempotency-key", b"x-request-id"),
+})  # fmt: skip
+_IDEMPOTENCY_KEY: Final = re.compile(rb"[\x20-\x7e]{1,255}")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9-]{1,64}")
 _JSON_TYPES: Final = frozenset({b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"})
 _NOTHING: Final[Mapping[str, str]] = {}
@@ -75,6 +79,18 @@ class Call:
     def authorization(self) -> bytes:
         """The header as sent; two of them are joined, which no key survives."""
         return self._headers.get(b"authorization", b"")
+
+    @property
+    def idempotency_key(self) -> bytes | None:
+        """What makes this request the same one again; None where it has none.
+
+        Raises:
+            BadRequest: it is none that could be one.
+        """
+        given = self._headers.get(b"idempotency-key")
+        if given is not None and not _IDEMPOTENCY_KEY.fullmatch(given):
+            raise BadRequest("Idempotency-Key: 1 to 255 printable ASCII characters.", field="Idempotency-Key")
+        return given
 
     @property
     def has_body(self) -> bool:

@@ -11,7 +11,7 @@ import jsonschema_rs
 import msgspec
 
 from manager.api.body import near
-from manager.core.errors import FunctionNotFound, InvalidArguments, StoreUnavailable, Unprocessable
+from manager.core.errors import BadRequest, FunctionNotFound, InvalidArguments, StoreUnavailable, Unprocessable
 from manager.core.functions import PublishedFunction, decode_published
 from manager.store import Store
 
@@ -49,6 +49,31 @@ class Function:
             raise FunctionUnavailable(f"{self.published.name} cannot be used: {why}", function=self.published.name)
         if not self.validator.is_valid(args):
             self._refuse(args, field)
+
+    def check_array(self, args: dict[str, Any], field: str, index_as: str | None, count: int) -> None:
+        """Check the arguments that each task of an array would have; its first and its last stand for all.
+
+        Raises:
+            InvalidArguments, FunctionUnavailable: as `check`.
+            BadRequest: the index has no place of its own.
+        """
+        if index_as is None:
+            self.check(args, field)
+            return
+        if index_as in args:
+            raise BadRequest(
+                f"index_as: {index_as!r} stands in args too; leave it out there, each task has its own.", field="index_as"
+            )
+        schema = msgspec.json.decode(self.published.schema)
+        known = tuple(schema.get("properties", {}))
+        if index_as not in known and schema.get("additionalProperties") is False:
+            takes = f" It takes: {', '.join(known)}." if known else " It takes no arguments."
+            name = self.published.name
+            raise InvalidArguments(
+                f"index_as: {name} has no argument {index_as[:80]!r}.{near(index_as, known)}{takes}", function=name, field="index_as"
+            )
+        for index in dict.fromkeys((0, count - 1)):
+            self.check(args | {index_as: index}, field)
 
     def _refuse(self, args: dict[str, Any], field: str) -> NoReturn:
         known = tuple(msgspec.json.decode(self.published.schema).get("properties", {}))

@@ -1,13 +1,20 @@
 """From a checked request to what the store takes: defaults, limits, shape, and whether any device could ever hold it.
 
-Pure but for a bounded cache of shapes.
+What tells a request from another one that came under the same key or name is made here too. Pure but for a bounded cache of
+shapes.
 """
 
+import datetime as dt
+import hashlib
+import json
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Final
 
-from manager.core.errors import BadRequest, Infeasible, TooLarge
+from manager.core.errors import BadRequest, DeadlinePassed, Infeasible, TooLarge, UnknownDependency
 from manager.core.functions import DEFAULT_ENVIRONMENT, PublishedFunction
-from manager.core.model import Submission, TaskSpec
+from manager.core.ids import is_id
+from manager.core.model import IdempotencyKey, Submission, TaskSpec
 from manager.core.node_kinds import Capacity
 from manager.core.quantities import format_duration, format_memory, parse_duration
 from manager.core.requests import ResourceRequest, TaskRequest, priority_of
@@ -15,17 +22,28 @@ from manager.core.shapes import Resources, Shape, shape_id, shape_of
 from manager.core.wanted import WrongField, resources_of
 from manager.settings import Settings
 
-TIME_LIMIT_S_MIN = 0.001
+TIME_LIMIT_S_MIN: Final = 0.001
+AHEAD_S_MAX: Final = 366 * 86_400
+"""A deadline that is further ahead is a typing error: durations end there too."""
 
 
 def submission_of(
-    request: TaskRequest, function: PublishedFunction, tenant: str, task_id: str, settings: Settings, within: str = ""
+    request: TaskRequest,
+    function: PublishedFunction,
+    tenant: str,
+    task_id: str,
+    settings: Settings,
+    within: str = "",
+    after: tuple[str, ...] = (),
+    digest: str = "",
 ) -> Submission:
     """What the store takes for a task.
 
     Args:
         request: its arguments have been checked.
         within: where the request stands in a batch, such as ``tasks[3].``, for errors.
+        after: ids of what it comes after, as `parents_of` gives them.
+        digest: of what was asked for, where the task has a name.
 
     Raises:
         BadRequest: a quantity cannot be read or is out of range.
@@ -37,6 +55,9 @@ def submission_of(
             bytes_max=settings.api.args_bytes_max,
         )
     shape, identity, resources = shape_for(request.resources, function, tenant, within)
+    start_s, total_s, deadline_ms = _limits(request, within) if _is_limited(request) else (0.0, 0.0, 0)
+    if request.index_as is not None and request.count is None:
+        raise BadRequest(f"{within}index_as: only an array has an index; give 'count' too.", field=f"{within}index_as")
     spec = TaskSpec(
         function=request.function,
         args=request.args,
@@ -44,8 +65,70 @@ def submission_of(
         priority=_priority(request.priority, within),
         max_attempts=request.max_attempts,
         time_limit_s=_time_limit(request.time_limit, function.time_limit_s, settings, within),
+        retry_on=request.retry_on,
+        start_timeout_s=start_s,
+        total_timeout_s=total_s,
+        deadline_ms=deadline_ms,
+        name=request.name or "",
+        after=after,
+        after_failed=request.after_failed,
+        count=request.count or 0,
+        index_as=request.index_as or "",
     )
-    return Submission(task_id, identity, shape, spec)
+    return Submission(task_id, identity, shape, spec, digest)
+
+
+def digest_of(asked: object) -> str:
+    """What names a request: the same for every way to write it down."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def idempotency_key(given: bytes, digest: str) -> IdempotencyKey:
+    """What the store keeps of a caller's key: nothing that could be a secret of theirs."""
+    return IdempotencyKey(hashlib.sha256(given).hexdigest(), digest)
+
+
+def parents_of(request: TaskRequest, before: Sequence[str] | None, within: str = "") -> tuple[str, ...]:
+    """Ids of what the task comes after, each once.
+
+    Args:
+        before: ids of the tasks that stand before it in its batch; None: it is in none.
+
+    Raises:
+        BadRequest: a number that names no task before it.
+        UnknownDependency: what is no id names no task.
+    """
+    found: dict[str, None] = {}
+    for place, parent in enumerate(request.after):
+        field = f"{within}after[{place}]"
+        if isinstance(parent, str):
+            if not is_id(parent):
+                raise UnknownDependency(f"{field}: {parent[:80]!r} is no id of a task or an array.", field=field)
+            found[parent] = None
+        elif before is None:
+            raise BadRequest(f"{field}: a number names a task of the same batch, and this is none; write its id.", field=field)
+        elif not 0 <= parent < len(before):
+            which = f"the tasks before this one are 0 to {len(before) - 1}" if before else "there is no task before this one"
+            raise BadRequest(f"{field}: {parent} names no earlier task of the batch; {which}.", field=field)
+        else:
+            found[before[parent]] = None
+    return tuple(found)
+
+
+def refuse_late(spec: TaskSpec, now_ms: int, within: str = "") -> None:
+    """Refuse what should have ended already.
+
+    Raises:
+        DeadlinePassed: by how much.
+    """
+    if spec.deadline_ms and spec.deadline_ms <= now_ms:
+        ago = format_duration((now_ms - spec.deadline_ms) / 1000)
+        when = dt.datetime.fromtimestamp(spec.deadline_ms / 1000, dt.UTC)
+        field = f"{within}deadline"
+        raise DeadlinePassed(f"{field}: {when:%Y-%m-%dT%H:%M:%SZ} was {ago} ago.", field=field)
+    if spec.deadline_ms > now_ms + AHEAD_S_MAX * 1000:
+        field = f"{within}deadline"
+        raise BadRequest(f"{field}: it is more than 366 days ahead.", field=field)
 
 
 def shape_for(
@@ -135,6 +218,38 @@ def _time_limit(asked: float | str | None, default_s: float | None, settings: Se
     if not TIME_LIMIT_S_MIN <= seconds <= limits.time_limit_s_max:
         most = format_duration(limits.time_limit_s_max)
         raise BadRequest(f"{field}: it must be above 0 and at most {most} (tasks.time_limit_s_max).", field=field)
+    return seconds
+
+
+def _is_limited(request: TaskRequest) -> bool:
+    return request.start_timeout is not None or request.total_timeout is not None or request.deadline is not None
+
+
+def _limits(request: TaskRequest, within: str) -> tuple[float, float, int]:
+    """Seconds to the start, seconds in all, and the deadline in ms; 0 is none."""
+    start_s = _timeout(request.start_timeout, f"{within}start_timeout")
+    total_s = _timeout(request.total_timeout, f"{within}total_timeout")
+    if total_s and start_s > total_s:
+        field = f"{within}start_timeout"
+        raise BadRequest(
+            f"{field}: {format_duration(start_s)} is longer than the total_timeout of {format_duration(total_s)}, "
+            "by which the task would have ended already.",
+            field=field,
+        )
+    deadline = request.deadline
+    # What was before 1970 is as late as that.
+    return start_s, total_s, 0 if deadline is None else max(1, int(deadline.timestamp() * 1000))
+
+
+def _timeout(asked: float | str | None, field: str) -> float:
+    if asked is None:
+        return 0.0
+    try:
+        seconds = parse_duration(asked)
+    except ValueError as error:
+        raise BadRequest(f"{field}: {_short(error)}.", field=field) from None
+    if seconds < TIME_LIMIT_S_MIN:
+        raise BadRequest(f"{field}: it must be above 0; leave it out for no limit.", field=field)
     return seconds
 
 

@@ -47,6 +47,8 @@ TENANT: Final = Parameter("tenant", "Another tenant's; only for admin keys.")
 _GET: Final = ("wait", "args", "tenant")
 _LIST: Final = ("status", "function", "limit", "cursor", "tenant")
 _ONE: Final = ("tenant",)
+_LOGS: Final = ("wait", "cursor", "tenant")
+_REPLAYED: Final = (b"idempotency-replayed", b"true")
 _NOT_THERE: Final = "There is no such task."
 
 
@@ -61,6 +63,7 @@ class TaskRoutes:
 
     def __init__(self, store: Store, settings: Settings, functions: Functions, watch: ClusterWatch, ends: Ends) -> None:
         self._store = store
+        self._followers = LogFollowers(store, ends)
         self._settings = settings
         self._functions = functions
         self._watch = watch
@@ -73,37 +76,79 @@ class TaskRoutes:
         body = await call.json_body(self._settings.api.body_bytes_max)
         parse_query(call.query, ())
         request, args = task_request(body)
-        submission = await self._checked(request, args, call.key.tenant, "")
-        await self._accept(call.key.tenant, [submission])
-        task_id = submission.task_id
-        return Reply(
-            202,
-            b'{"task_id":"%b","status":"QUEUED"}' % task_id.encode(),
-            [(b"location", b"/v1/tasks/" + task_id.encode())],
-        )
+        given = call.idempotency_key
+        digest = digest_of(json.loads(body)) if given is not None or request.name is not None else ""
+        made = await self._checked(request, args, call.key.tenant, new_id() if request.count is None else array_id(), digest)
+        key = None if given is None else idempotency_key(given, digest)
+        reply = await self._accept(call.key.tenant, [(request, made)], key)
+        if request.count is not None:
+            return await self._array_accepted(reply, request.count)
+        task_id, status = reply.tasks[0]
+        where = (b"location", b"/v1/tasks/" + task_id.encode())
+        if reply.replayed:
+            return Reply(202, _encode(Accepted(task_id, status, replayed=True)), [where, _REPLAYED])
+        assert status is not None  # it is new
+        return Reply(202, b'{"task_id":"%b","status":"%b"}' % (task_id.encode(), status.encode()), [where])
+
+    async def _array_accepted(self, reply: SubmitReply, count: int) -> Reply:
+        """The answer for an array, once its tasks have their records; what the store does not do now, the controller does."""
+        task_id, status = reply.tasks[0]
+        with contextlib.suppress(StoreUnavailable, StoreFull):
+            for _ in range(0, count, IDS_MAX):
+                if reply.replayed or not await self._store.expand():
+                    break
+        headers = [(b"location", b"/v1/arrays/" + task_id.encode()), *([_REPLAYED] if reply.replayed else [])]
+        return Reply(202, _encode(Accepted(task_id, status, count, reply.replayed)), headers)
 
     async def submit_batch(self, call: Call) -> Reply:
         """Accept tasks, all or none."""
         body = await call.json_body(self._settings.api.body_bytes_max)
         parse_query(call.query, ())
-        tenant = call.key.tenant
-        submissions = [
-            await self._checked(request, args, tenant, f"tasks[{number}].")
-            for number, (request, args) in enumerate(batch_request(body))
-        ]
-        await self._accept(tenant, submissions)
-        accepted = tuple(Accepted(submission.task_id, TaskStatus.QUEUED) for submission in submissions)
-        return Reply(202, _encode(BatchAccepted(accepted)))
+        tenant, given = call.key.tenant, call.idempotency_key
+        asked = batch_request(body)
+        refuse_in_batch([request for request, _ in asked])
+        named = any(request.name is not None for request, _ in asked)
+        tree = json.loads(body) if named or given is not None else {}
+        ids = [new_id() for _ in asked]
+        made: list[tuple[TaskRequest, Submission]] = []
+        for number, (request, args) in enumerate(asked):
+            digest = digest_of(tree["tasks"][number]) if request.name is not None else ""
+            within = f"tasks[{number}]."
+            made.append((request, await self._checked(request, args, tenant, ids[number], digest, within, ids[:number])))
+        reply = await self._accept(tenant, made, None if given is None else idempotency_key(given, digest_of(tree)), batch=True)
+        again = reply.replayed
+        accepted = tuple(Accepted(task_id, status, replayed=again) for task_id, status in reply.tasks)
+        return Reply(202, _encode(BatchAccepted(accepted, again)), [_REPLAYED] if again else None)
 
-    async def _checked(self, request: TaskRequest, args: dict[str, object], tenant: str, within: str) -> Submission:
+    async def _checked(
+        self,
+        request: TaskRequest,
+        args: dict[str, object],
+        tenant: str,
+        task_id: str,
+        digest: str,
+        within: str = "",
+        before: Sequence[str] | None = None,
+    ) -> Submission:
         function = self._functions.known(request.function) or await self._functions.find(request.function)
-        function.check(args, f"{within}args")
-        submission = submission_of(request, function.published, tenant, new_id(), self._settings, within)
-        if (snapshot := self._watch.snapshot) is not None and not request.allow_infeasible:
-            refuse_infeasible(submission.shape, submission.spec.resources, snapshot.capacity, within)
-        return submission
+        if request.count is None:
+            function.check(args, f"{within}args")
+        else:
+            function.check_array(args, "args", request.index_as, request.count)
+        after = parents_of(request, before, within) if request.after else ()
+        return submission_of(request, function.published, tenant, task_id, self._settings, within, after, digest)
 
-    async def _accept(self, tenant: str, submissions: list[Submission]) -> None:
+    async def _accept(
+        self, tenant: str, made: Sequence[tuple[TaskRequest, Submission]], key: IdempotencyKey | None, *, batch: bool = False
+    ) -> SubmitReply:
+        """Hand them to the store. What would be refused now may have been accepted before, under the same key or names."""
+        submissions = [submission for _, submission in made]
+        try:
+            self._refuse_hopeless(made, batch=batch)
+        except RocyardError as refusal:
+            if key is None and not any(submission.spec.name for submission in submissions):
+                raise
+            return await self._known_before(tenant, submissions, key, refusal)
         limits = self._settings.tenants.get(tenant, self._settings.tenant)
         snapshot = self._watch.snapshot
         if snapshot is not None:
@@ -111,11 +156,45 @@ class TaskRoutes:
             for submission in submissions:
                 self._ends.submitting(submission.task_id, tenant, submission.spec, now_ms)
         try:
-            await self._store.submit(tenant, limits.active_tasks_max, submissions)
+            reply = await self._store.submit(tenant, limits.active_tasks_max, submissions, key)
         except BaseException:
-            for submission in submissions:
-                self._ends.forget(submission.task_id)
+            self._forget(submissions)
             raise
+        if reply.replayed:
+            self._forget(submissions)
+        return reply
+
+    def _refuse_hopeless(self, made: Sequence[tuple[TaskRequest, Submission]], *, batch: bool) -> None:
+        """Refuse what no device could ever hold, and what should have ended already.
+
+        Raises:
+            Infeasible, DeadlinePassed, BadRequest: says in which task.
+        """
+        snapshot = self._watch.snapshot
+        for number, (request, submission) in enumerate(made):
+            within = f"tasks[{number}]." if batch else ""
+            if snapshot is not None and not request.allow_infeasible:
+                refuse_infeasible(submission.shape, submission.spec.resources, snapshot.capacity, within)
+            if request.deadline is not None:
+                now_ms = time.time_ns() // 1_000_000 if snapshot is None else snapshot.store_now_ms()
+                refuse_late(submission.spec, now_ms, within)
+
+    async def _known_before(
+        self, tenant: str, submissions: list[Submission], key: IdempotencyKey | None, refusal: RocyardError
+    ) -> SubmitReply:
+        """What the same request was answered before; with no room for any task, the store accepts nothing new.
+
+        Raises:
+            RocyardError: `refusal`, where there was no such request.
+        """
+        try:
+            return await self._store.submit(tenant, 0, submissions, key)
+        except (QuotaExceeded, UnknownDependency):
+            raise refusal from None
+
+    def _forget(self, submissions: Sequence[Submission]) -> None:
+        for submission in submissions:
+            self._ends.forget(submission.task_id)
 
     # --- one task -----------------------------------------------------------------------------------------------
 
@@ -150,7 +229,7 @@ class TaskRoutes:
         task_id, tenant = addressed(call, parse_query(call.query, _ONE).get("tenant"))
         status = await self._store.cancel(task_id, tenant)
         if status is None:
-            raise NotFound(_NOT_THERE)
+            raise await self._no_task(task_id, tenant)
         asked = status in {TaskStatus.RUNNING, TaskStatus.CANCELLED}
         return Reply(200, _encode(Cancelled(task_id, status, asked)))
 
@@ -175,11 +254,21 @@ class TaskRoutes:
                 )
 
     async def logs(self, call: Call) -> Reply:
-        """What the newest attempt has written."""
-        task_id, tenant = addressed(call, parse_query(call.query, _ONE).get("tenant"))
-        await self._record(task_id, tenant)
-        out, err, dropped = await self._store.log(task_id)
-        return Reply(200, _encode(TaskLog(task_id, out.decode(errors="replace"), err.decode(errors="replace"), dropped)))
+        """What the newest attempt has written, or what is new of it since a cursor."""
+        query = parse_query(call.query, _LOGS)
+        task_id, tenant = addressed(call, query.get("tenant"))
+        cursor = parse_cursor(query["cursor"]) if "cursor" in query else BEGINNING
+        patience_s = wait_s(query["wait"], self._settings.api.wait_s_max) if "wait" in query else 0.0
+        found = await self._log(task_id, tenant, cursor)
+        if patience_s > 0 and not (found.stdout or found.stderr or found.ended):
+            await self._followers.until_new(task_id, cursor, patience_s, call.gone)
+            found = await self._log(task_id, tenant, cursor)
+        return Reply(200, _encode(found))
+
+    async def _log(self, task_id: str, tenant: str, cursor: Cursor) -> TaskLog:
+        """The log since `cursor`. It is complete before a task has ended, so it is read after the record."""
+        ended = (await self._record(task_id, tenant)).status in FINAL
+        return log_since(task_id, await self._store.kept_log(task_id), cursor, ended=ended)
 
     async def page(self, call: Call) -> Reply:
         """Tasks of a tenant, newest first."""
@@ -196,8 +285,20 @@ class TaskRoutes:
     async def _record(self, task_id: str, tenant: str) -> TaskRecord:
         record = await self._store.task(task_id)
         if record is None or record.tenant != tenant:
-            raise NotFound(_NOT_THERE)
+            raise await self._no_task(task_id, tenant)
         return record
+
+    async def _no_task(self, task_id: str, tenant: str) -> NotFound:
+        row = await self._store.array(task_id) if is_array_id(task_id) else None
+        if row is None or row.tenant != tenant:
+            return NotFound(_NOT_THERE)
+        return NotFound(f"That is an array of tasks: GET /v1/arrays/{task_id}.", array_id=task_id)
+
+    async def attempts(self, call: Call) -> Reply:
+        """All attempts at a task."""
+        task_id, tenant = addressed(call, parse_query(call.query, _ONE).get("tenant"))
+        record = await self._record(task_id, tenant)
+        return Reply(200, _encode(attempts_of(record, await self._store.attempts(task_id))))
 
     def _shown(self, record: TaskRecord) -> Reply:
         body = _encode(view_of(record))
@@ -209,6 +310,7 @@ class TaskRoutes:
         submit_errors = (
             *(BadRequest, FunctionNotFound, TooLarge, UnsupportedMediaType, InvalidArguments, Infeasible),
             *(FunctionUnavailable, QuotaExceeded, StoreFull),
+            *(IdempotencyConflict, NameTaken, UnknownDependency, DeadlinePassed),
         )
         one = "/v1/tasks/{task_id}"
         wait = Parameter(
@@ -219,12 +321,12 @@ class TaskRoutes:
             Operation(
                 name="submit_task", method="POST", path="/v1/tasks", access=KeyScope.USER, handler=self.submit,
                 summary="Submit a task. The answer means that it is on disk.",
-                status=202, answer=Accepted, body=TaskRequest, errors=submit_errors,
+                status=202, answer=Accepted, body=TaskRequest, errors=submit_errors, headers=(IDEMPOTENCY_KEY,),
             ),
             Operation(
                 name="submit_batch", method="POST", path="/v1/tasks/batch", access=KeyScope.USER,
                 handler=self.submit_batch, summary="Submit 1 to 500 tasks, all or none.",
-                status=202, answer=BatchAccepted, body=BatchRequest, errors=submit_errors,
+                status=202, answer=BatchAccepted, body=BatchRequest, errors=submit_errors, headers=(IDEMPOTENCY_KEY,),
             ),
             Operation(
                 name="list_tasks", method="GET", path="/v1/tasks", access=KeyScope.READ, handler=self.page,
@@ -254,7 +356,20 @@ class TaskRoutes:
             ),
             Operation(
                 name="get_logs", method="GET", path=f"{one}/logs", access=KeyScope.READ, handler=self.logs,
-                summary="Get what the newest attempt wrote to stdout and stderr.", answer=TaskLog,
+                summary="Get what the newest attempt wrote to stdout and stderr, or follow it.", answer=TaskLog,
+                errors=(NotFound,),
+                query=(
+                    Parameter("cursor", "Only what is new since then: `cursor` of the answer before."),
+                    Parameter(
+                        "wait", "Answer when there is something new, when the task has ended, or after this long: seconds or "
+                        "'30s'. At most the setting api.wait_s_max.",
+                    ),
+                    TENANT,
+                ),
+            ),
+            Operation(
+                name="get_attempts", method="GET", path=f"{one}/attempts", access=KeyScope.READ, handler=self.attempts,
+                summary="Get the attempts at a task: where, when, and why each ended.", answer=AttemptList,
                 errors=(NotFound,), query=(TENANT,),
             ),
         )  # fmt: skip

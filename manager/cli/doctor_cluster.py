@@ -95,7 +95,7 @@ def _role(settings: Settings) -> Role:
 
 async def _ask_store(url: str) -> StoreFacts:
     from manager.store.connection import StoreConnection, StoreReplyError
-    from manager.store.store import library_source
+    from manager.store.schema import library_source
 
     connection = StoreConnection(url, ASK_S, "doctor")
     try:

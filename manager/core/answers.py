@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from manager.core.lifecycle import TaskStatus
+from manager.core.lifecycle import AfterFailed, TaskStatus
 from manager.core.model import TaskError, TaskRecord
 from manager.core.requests import KeyScope
 from manager.core.shapes import Resources
@@ -26,17 +26,31 @@ def no_result() -> msgspec.Raw:
     return msgspec.Raw(b"null")
 
 
-class Accepted(msgspec.Struct, frozen=True):
-    """A task that is on disk."""
+class Accepted(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A task, or an array of tasks, that is on disk.
+
+    Attributes:
+        task_id: of an array its own id, see GET /v1/arrays/{array_id}.
+        status: as it is now; null where it was accepted earlier and is not kept any more.
+        count: of an array, how many tasks it has.
+        replayed: this was accepted by an earlier request, of which the present one is the same again.
+    """
 
     task_id: TaskId
-    status: Annotated[TaskStatus, msgspec.Meta(examples=["QUEUED"])]
+    status: Annotated[TaskStatus | None, msgspec.Meta(examples=["QUEUED"])]
+    count: int = 0
+    replayed: bool = False
 
 
-class BatchAccepted(msgspec.Struct, frozen=True):
-    """Tasks that are on disk, in the order of the request."""
+class BatchAccepted(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tasks that are on disk, in the order of the request.
+
+    Attributes:
+        replayed: as of each of its tasks.
+    """
 
     tasks: tuple[Accepted, ...]
+    replayed: bool = False
 
 
 class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +62,8 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
         crashes: of its executor that it alone can have caused.
         losses: of executor, agent or node, which it is not to blame for.
         node: where it runs or ran last.
+        progress: 0 to 1, as it said last; null where it has said nothing, and once it has succeeded.
+        array_id, index: the array that it belongs to, and its place there.
     """
 
     task_id: TaskId
@@ -64,6 +80,9 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     started_at: Time | None = None
     finished_at: Time | None = None
     error: TaskError | None = None
+    progress: float | None = None
+    array_id: str | None = None
+    index: int | None = None
 
 
 class ResourcesView(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -99,6 +118,15 @@ class TaskView(TaskSummary, frozen=True, kw_only=True):
     Attributes:
         memory_bytes: on each device, as asked for.
         resources: all that was asked for.
+        name: the tenant's own for it; null where it has none.
+        retry_on: errors that are worth another attempt; empty: all are.
+        start_timeout_s, total_timeout_s, deadline_at: as asked for; null where there is no such limit.
+        after: what it comes after.
+        after_failed: what becomes of it when one of these does not succeed.
+        waits: how many of these have not ended.
+        progress_message: what it said beside its progress.
+        checkpoint: what its attempts have reported last, for the next one; empty once it has succeeded.
+        more_memory: it ran out of device memory once, and was given more room than it asked for.
         args: only where ``?args=true`` asks for them.
         result: what the function returned, once it has; null until then.
     """
@@ -109,6 +137,17 @@ class TaskView(TaskSummary, frozen=True, kw_only=True):
     priority: int
     max_attempts: int
     time_limit_s: float
+    name: str | None = None
+    retry_on: tuple[str, ...] = ()
+    start_timeout_s: float | None = None
+    total_timeout_s: float | None = None
+    deadline_at: Time | None = None
+    after: tuple[str, ...] = ()
+    after_failed: AfterFailed = AfterFailed.FAIL
+    waits: int = 0
+    progress_message: str = ""
+    checkpoint: str = ""
+    more_memory: bool = False
     cancel_requested: bool = False
     args: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     result: AnyJson = msgspec.field(default_factory=no_result)
@@ -122,16 +161,22 @@ class TaskPage(msgspec.Struct, frozen=True):
 
 
 class TaskLog(msgspec.Struct, frozen=True):
-    """What the newest attempt that wrote something has written.
+    """What the newest attempt that wrote something has written; with a cursor, what is new since then.
 
     Attributes:
-        dropped_bytes: how much of it was not kept, see the setting ``tasks.log_bytes_max``.
+        dropped_bytes: how much of it was not kept, see the setting ``tasks.log_bytes_max``: it came before what is here.
+        attempt: which one wrote it; 0 where none has.
+        cursor: where to go on.
+        ended: the task has ended, and there is nothing to come.
     """
 
     task_id: TaskId
     stdout: str
     stderr: str
     dropped_bytes: int = 0
+    attempt: int = 0
+    cursor: str = ""
+    ended: bool = False
 
 
 class Cancelled(msgspec.Struct, frozen=True):
@@ -568,6 +613,9 @@ def summary_of(record: TaskRecord) -> TaskSummary:
         started_at=utc_or_none(record.started_ms),
         finished_at=utc_or_none(record.finished_ms),
         error=record.error,
+        progress=None if record.status is TaskStatus.SUCCEEDED else record.progress,
+        array_id=record.array_id or None,
+        index=record.index,
     )
 
 
@@ -575,6 +623,7 @@ def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
     """The record as one task is shown. It must have its `spec`."""
     spec = record.spec
     assert spec is not None
+    succeeded = record.status is TaskStatus.SUCCEEDED  # then a result is what it has to say
     return TaskView(
         **msgspec.structs.asdict(summary_of(record)),
         memory_bytes=spec.resources.memory_bytes,
@@ -583,6 +632,17 @@ def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
         priority=spec.priority,
         max_attempts=spec.max_attempts,
         time_limit_s=spec.time_limit_s,
+        name=None if record.array_id else spec.name or None,  # of an array it is the array's
+        retry_on=spec.retry_on,
+        start_timeout_s=spec.start_timeout_s or None,
+        total_timeout_s=spec.total_timeout_s or None,
+        deadline_at=utc(spec.deadline_ms) if spec.deadline_ms else None,
+        after=spec.after,
+        after_failed=spec.after_failed,
+        waits=record.waits if record.status is TaskStatus.BLOCKED else 0,
+        progress_message="" if succeeded else record.progress_message,
+        checkpoint="" if succeeded else record.checkpoint,
+        more_memory=record.more_memory,
         cancel_requested=record.cancel_requested,
         args=spec.args if with_args else msgspec.UNSET,
         result=msgspec.Raw(b"null" if record.result is None else record.result),

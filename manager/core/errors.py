@@ -6,6 +6,7 @@
     ├── Forbidden              403   the key lacks the scope
     ├── NotFound               404   no such thing for this tenant
     │   └── FunctionNotFound   404   lists near names
+    ├── ResultMissing          410   the file of a large result is gone
     ├── TooLarge               413   a body or arguments over the limit
     ├── UnsupportedMediaType   415
     ├── Unprocessable          422   well-formed, but cannot be done
@@ -13,11 +14,15 @@
     │   ├── Infeasible         422   more than any device could ever hold
     │   ├── IdempotencyConflict 422  the key was used for another request
     │   ├── NameTaken          422   the name is another task's
-    │   └── UnknownDependency  422   there is no such task to come after
+    │   ├── UnknownDependency  422   there is no such task to come after
+    │   └── DeadlinePassed     422   the time by which it must have ended is over
     ├── QuotaExceeded          429   retry helps
     ├── StoreUnavailable       503   retry helps
+    │   ├── StoreReplaced      503   retry helps once the right data are back
+    │   └── StoreTooNew        503   this process must be replaced by a newer one: exit 2
     ├── StoreFull              503   retry helps once there is room
     ├── RegistrationRefused    –     an agent's inventory cannot be right
+    ├── ResultNotStored        –     a large result could not be kept: its task's error
     ├── SettingsError          –     a start with wrong settings: exit 2
     ├── StartError             –     a part that cannot start: port taken, program missing
     ├── LastAdminKey           409   manager/keys.py: it may not be revoked
@@ -80,6 +85,16 @@ class FunctionNotFound(NotFound):
     """No function is registered by that name."""
 
 
+class ResultMissing(RocyardError):
+    """The task has succeeded, but the file of its result is not there any more."""
+
+    status = 410
+
+
+class ResultNotStored(RocyardError):
+    """The result could not be stored."""
+
+
 class TooLarge(RocyardError):
     """The request is larger than the limit."""
 
@@ -118,6 +133,10 @@ class UnknownDependency(Unprocessable):
     """A task is to come after one that there is not."""
 
 
+class DeadlinePassed(Unprocessable):
+    """The time by which the task must have ended is over."""
+
+
 class QuotaExceeded(RocyardError):
     """The tenant has reached its limit."""
 
@@ -130,6 +149,16 @@ class StoreUnavailable(RocyardError):
 
     status = 503
     retryable = True
+
+
+class StoreReplaced(StoreUnavailable):
+    """The store is empty or another cluster's; nothing is read or written until the right data are back."""
+
+
+class StoreTooNew(StoreUnavailable):
+    """The store's data are newer than this process can work with."""
+
+    retryable = False
 
 
 class StoreFull(RocyardError):

@@ -378,6 +378,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     `learned_bytes` is what its slots are to lease on a device because others of it have used so much: more than was asked
     for, or 0. `peak_bytes` is the most that a slot of it was seen to use on a device; 0: nothing was seen yet.
     `vtime_s` is the device-seconds that it has had of its tenant's; None until a leader has seen it.
+    `out_of_memory`: tasks may wait there that asked for less and ran out of device memory once.
     """
 
     shape_id: str
@@ -391,6 +392,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     learned_bytes: int = 0
     peak_bytes: int = 0
     vtime_s: float | None = None
+    out_of_memory: bool = False
 
     @property
     def resources(self) -> Resources:

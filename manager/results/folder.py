@@ -7,10 +7,11 @@ import hashlib
 import os
 import shutil
 import stat
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from manager.core.errors import ResultNotStored, StartError
 from manager.core.model import ResultFile
@@ -33,6 +34,8 @@ FOLDER_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
 BATCH: Final = 500
 """Of one list of a scan: as many as one call of the store takes."""
+
+GONE: Final = "it is not in the results store any more, and Rocyard has not removed it"
 
 log = get_logger("rocyard.results")
 
@@ -60,8 +63,8 @@ class FolderResults:
             self._clock_s()
         except OSError as error:
             raise StartError(
-                f"results.url: {self.root} cannot be written ({_words(error)}): make it a folder that all agents, the API and "
-                "the controller of the cluster may write, or name another one"
+                f"results.url: {self.root} cannot be written ({words_of(error)}): make it a folder that all agents, the "
+                "API and the controller of the cluster may write, or name another one"
             ) from error
 
     # --- for agents ---------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ class FolderResults:
         try:
             await asyncio.to_thread(self._keep, path, self.root / name, size)
         except OSError as error:
-            raise not_stored(size, str(self.root), _words(error)) from error
+            raise not_stored(size, str(self.root), words_of(error)) from error
         return ResultFile(name, size, sha256)
 
     def _keep(self, path: Path, target: Path, size: int) -> None:
@@ -103,7 +106,7 @@ class FolderResults:
         try:
             path.mkdir(mode=FOLDER_MODE, exist_ok=True)
         except OSError as error:
-            log.warning("checkpoint_folder_not_made", task=task_id, folder=str(path), error=_words(error))
+            log.warning("checkpoint_folder_not_made", task=task_id, folder=str(path), error=words_of(error))
             return ""
         return str(path)
 
@@ -115,10 +118,10 @@ class FolderResults:
         try:
             descriptor = await asyncio.to_thread(_opened, path, file.bytes)
         except FileNotFoundError:
-            raise missing(file, "the file is not in the results folder any more; somebody or something else has removed it") from None
+            raise missing(file, GONE) from None
         except OSError as error:
-            raise missing(file, _words(error)) from error
-        return checked_pieces(file, lambda: os.read(descriptor, CHUNK_BYTES), lambda: os.close(descriptor))
+            raise missing(file, words_of(error)) from error
+        return checked_pieces(file, os.fdopen(descriptor, "rb", buffering=0))
 
     # --- for the leader -----------------------------------------------------------------------------------------
 
@@ -159,7 +162,7 @@ class FolderResults:
             except FileNotFoundError:
                 continue
             except OSError as error:  # the next scan tries again
-                log.warning("result_not_removed", name=name, error=_words(error))
+                log.warning("result_not_removed", name=name, error=words_of(error))
                 continue
             removed += 1
         return removed
@@ -199,39 +202,49 @@ def sync_written(path: Path, size: int) -> None:
         os.close(descriptor)
 
 
-async def checked_pieces(file: ResultFile, read: Callable[[], bytes], close: Callable[[], None]) -> AsyncIterator[bytes]:
-    """Pieces of a file, of which the last one is given only once all are known to be what was kept.
+class _Reader:
+    """A file that is read in threads. It may be closed while a read that nobody waits for any more goes on."""
 
-    Args:
-        read: the next piece, empty at the end.
-        close: called when nobody reads any more.
+    def __init__(self, opened: IO[bytes]) -> None:
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self._opened = opened
+        self._lock = threading.Lock()
+
+    def next_piece(self) -> bytes:
+        with self._lock:
+            piece = b"" if self._opened.closed else self._opened.read(CHUNK_BYTES)
+            self.digest.update(piece)
+            self.size += len(piece)
+            return piece
+
+    def close(self) -> None:
+        with self._lock:
+            self._opened.close()
+
+
+async def checked_pieces(file: ResultFile, opened: IO[bytes]) -> AsyncIterator[bytes]:
+    """Pieces of a file, of which the last one is given only once all are known to be what was kept.
 
     Raises:
         ResultMissing: it is shorter, longer or another.
     """
-    digest, size, held = hashlib.sha256(), 0, b""
+    reader, held = _Reader(opened), b""
     try:
-        while piece := await asyncio.to_thread(_next_piece, read, digest):
-            size += len(piece)
+        while piece := await asyncio.to_thread(reader.next_piece):
             if held:
                 yield held
             held = piece
-        if size != file.bytes:
-            raise missing(file, f"the file has {size} bytes")
-        if digest.hexdigest() != file.sha256:
-            raise missing(file, f"the file's SHA-256 is {digest.hexdigest()}, and it was {file.sha256} when it was kept")
+        if reader.size != file.bytes:
+            raise missing(file, f"the file has {reader.size} bytes")
+        if reader.digest.hexdigest() != file.sha256:
+            raise missing(file, f"its SHA-256 is {reader.digest.hexdigest()}, and it was {file.sha256} when it was kept")
         if held:
             yield held
     except OSError as error:
-        raise missing(file, _words(error)) from error
+        raise missing(file, words_of(error)) from error
     finally:
-        await asyncio.to_thread(close)
-
-
-def _next_piece(read: Callable[[], bytes], digest: "hashlib._Hash") -> bytes:
-    piece = read()
-    digest.update(piece)
-    return piece
+        asyncio.get_running_loop().run_in_executor(None, reader.close)  # it may have to wait for a read
 
 
 def _opened(path: Path, size: int) -> int:
@@ -255,5 +268,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _words(error: OSError) -> str:
+def words_of(error: OSError) -> str:
+    """What the system says of it, without the path, which is said beside it."""
     return error.strerror or str(error)

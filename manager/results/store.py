@@ -151,8 +151,9 @@ class NoResults:
 
     async def scan(self) -> AsyncIterator[list[Leftover]]:
         """Nothing."""
-        return
-        yield []
+        nothing: tuple[list[Leftover], ...] = ()
+        for found in nothing:
+            yield found
 
     async def remove(self, names: Sequence[str]) -> int:  # noqa: ARG002
         """Nothing."""

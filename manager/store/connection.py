@@ -5,14 +5,15 @@ needs one connection and no pool. Every call has a deadline, which connecting co
 whole one is cut, since what follows on it would be late as well. A call is sent once: whether to send it again is the
 caller's decision (every function of the library is idempotent, so `Store` does, within the same deadline).
 
-It must not know any key or any function of ours.
+It must not know any key or any function of ours. Whether what it leads to is the right store is for its `Gate` to say, before
+anybody uses a new connection and then again and again.
 """
 
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final, cast
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import hiredis
@@ -29,6 +30,22 @@ UNSENT_BYTES_MAX: Final = 256 * 1024 * 1024
 """The same bound in bytes: calls may be large."""
 PING_S: Final = 5.0
 """A subscriber that has heard nothing for so long asks whether the store is still there."""
+GATE_S: Final = 1.0
+"""A store may be emptied or replaced behind a connection that stands: this often one looks."""
+
+T = TypeVar("T")
+Ask = Callable[..., Awaitable[Any]]
+"""Sends one command over one connection and awaits its answer. Raises StoreReplyError."""
+
+
+class Gate(Protocol):
+    """Says whether a connection leads to the right store; who is not let in gets its `StoreUnavailable` instead."""
+
+    async def admit(self, ask: Ask) -> None:
+        """Before anybody else uses a new connection."""
+
+    async def still(self, ask: Ask) -> None:
+        """Again, beside the calls of others."""
 
 
 class StoreReplyError(Exception):
@@ -115,9 +132,17 @@ class StoreConnection:
         deadline_s: seconds that a call may take, connecting included.
         name: client name, seen in ``CLIENT LIST``.
         on_reconnect: called after each connection but the first.
+        gate: asked on each connection. With none, whatever answers is the store.
     """
 
-    def __init__(self, url: str, deadline_s: float, name: str, on_reconnect: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        deadline_s: float,
+        name: str,
+        on_reconnect: Callable[[], None] | None = None,
+        gate: Gate | None = None,
+    ) -> None:
         try:
             self._options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
         except ValueError as error:
@@ -126,6 +151,8 @@ class StoreConnection:
         self.deadline_s = deadline_s
         self._name = name
         self._on_reconnect = on_reconnect
+        self.gate = gate
+        self._looking: asyncio.Task[None] | None = None
         self._protocol: _Protocol | None = None
         self._connecting: asyncio.Task[_Protocol] | None = None
         self._connected_before = False
@@ -197,12 +224,29 @@ class StoreConnection:
             raise StoreUnavailable("the store cannot be reached: no connection in time")
         try:
             return connecting.result()
-        except StoreReplyError as error:
-            raise _translated(error) from None
         except asyncio.CancelledError:
             raise StoreUnavailable("the connection was closed") from None
-        except OSError as error:  # TimeoutError is one
-            raise StoreUnavailable(f"the store cannot be reached: {str(error) or 'no answer in time'}") from None
+        except (StoreReplyError, OSError) as error:
+            raise _unconnected(error) from None
+
+    async def apart(self, action: Callable[[Ask], Awaitable[T]]) -> T:
+        """What `action` answers on a connection of its own, for commands that the calls of others may not come between.
+
+        Raises:
+            StoreUnavailable: as `call`, and whatever `action` raises.
+        """
+        protocol: _Protocol | None = None
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                protocol = await self._open()
+                for command in self._greeting():
+                    await self._greet(protocol, command)
+                return await action(_asking(protocol))
+        except (StoreReplyError, OSError) as error:
+            raise _unconnected(error) from None
+        finally:
+            if protocol is not None:
+                protocol.abort()
 
     async def _connect(self) -> _Protocol:
         loop = asyncio.get_running_loop()
@@ -215,6 +259,8 @@ class StoreConnection:
                 protocol = await self._open()
                 for command in self._greeting():
                     await self._greet(protocol, command)
+                if self.gate is not None:
+                    await self.gate.admit(_asking(protocol))
         except BaseException:
             self._last_failure_at = loop.time()
             if protocol is not None:
@@ -224,15 +270,29 @@ class StoreConnection:
         if self._connected_before and self._on_reconnect is not None:
             self._on_reconnect()
         self._connected_before = True
+        if self.gate is not None:
+            loop.call_later(GATE_S, self._look_again, protocol)
         return protocol
 
-    async def _greet(self, protocol: _Protocol, command: tuple[Any, ...]) -> None:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        protocol.waiting.append(future)
-        assert protocol.transport is not None
-        protocol.transport.write(hiredis.pack_command(command))
+    def _look_again(self, protocol: _Protocol) -> None:
+        # A subscriber's connection takes no other commands, and what it hears is only a reason to ask over another one.
+        if not protocol.lost and protocol.push is None and not self._closed:
+            self._looking = asyncio.get_running_loop().create_task(self._look(protocol))
+
+    async def _look(self, protocol: _Protocol) -> None:
+        """Ask the gate again; a connection that it refuses is cut, and the next one has to pass it whole."""
+        assert self.gate is not None
         try:
-            await future
+            async with asyncio.timeout(self.deadline_s):
+                await self.gate.still(_asking(protocol))
+        except (StoreUnavailable, StoreReplyError, TimeoutError):
+            protocol.abort()
+        else:
+            asyncio.get_running_loop().call_later(GATE_S, self._look_again, protocol)
+
+    async def _greet(self, protocol: _Protocol, command: tuple[Any, ...]) -> None:
+        try:
+            await _asking(protocol)(*command)
         except StoreReplyError as error:
             # A name is for people, and a user may lack the right to give itself one.
             if command[0] != "CLIENT" or error.code in _STRANGERS:
@@ -310,6 +370,9 @@ class StoreConnection:
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait({self._connecting})
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait({self._looking})
         if self._protocol is not None and self._protocol.transport is not None:
             self._protocol.transport.close()
 
@@ -317,6 +380,28 @@ class StoreConnection:
 _MISPLACED: Final = frozenset({"READONLY", "MASTERDOWN"})
 _STRANGERS: Final = frozenset({"NOAUTH", "WRONGPASS"})
 _UNAVAILABLE: Final = _MISPLACED | {"LOADING", "MISCONF", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"}
+
+
+def _asking(protocol: _Protocol) -> Ask:
+    """A way to ask over `protocol` itself, whether anybody else may use it yet or not."""
+
+    async def ask(*args: Any) -> Any:
+        if protocol.lost:
+            raise StoreUnavailable("the connection to the store broke")
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        command = hiredis.pack_command(args)
+        protocol.waiting.append(future)
+        protocol.send(command)
+        return await future
+
+    return ask
+
+
+def _unconnected(error: Exception) -> Exception:
+    """What a caller hears of a connection that could not be made."""
+    if isinstance(error, StoreReplyError):
+        return _translated(error)
+    return StoreUnavailable(f"the store cannot be reached: {str(error) or 'no answer in time'}")  # TimeoutError is an OSError
 
 
 def _retrieve(task: asyncio.Task[_Protocol]) -> None:

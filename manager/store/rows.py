@@ -233,7 +233,7 @@ def _slot(row: list[Any]) -> SlotRow:
 
 
 def _queue(row: list[Any]) -> QueueRow:
-    shape_id, shape, depth, head, queued, run_ms, warm, unload, learned, peak, vtime = row
+    shape_id, shape, depth, head, queued, run_ms, warm, unload, learned, peak, vtime, oom = row
     return QueueRow(
         shape_id=shape_id.decode(),
         shape=_shape(shape),
@@ -246,6 +246,7 @@ def _queue(row: list[Any]) -> QueueRow:
         learned_bytes=int(learned),
         peak_bytes=int(peak or 0),
         vtime_s=float(vtime) if vtime else None,
+        out_of_memory=oom == b"1",
     )
 
 

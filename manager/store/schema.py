@@ -1,30 +1,28 @@
 """Whose the store is and how its data are laid out: its identity, its schema, and which library of functions it has.
 
-Each process asks on every connection that it makes, before anything else is sent, and then once a second beside its other calls.
-A store that came back empty, or is another cluster's, is refused until the right data are back; so is one whose data are newer
-than this process can work with, and such a process ends. Rules of versions, for rolling upgrades, stand in docs/operations.md.
+Each process asks on every connection that it makes, before anything else is sent, and then once a second beside its other
+calls. A store that came back empty, or is another cluster's, is refused until the right data are back; so is one whose data are
+newer than this process can work with, and such a process ends. The rules for upgrades stand in docs/operations.md.
 
 It knows no connection: who has one gives a way to ask over it.
 """
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from importlib.resources import files
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from manager.core.errors import StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.core.ids import new_id
-from manager.core.keys import Keys
+from manager.core.keys import SCHEMA_VERSION, Keys
 from manager.log import get_logger
 from manager.metrics import STORE_REFUSED
 from manager.store.connection import Ask, StoreReplyError
 
-SCHEMA: Final = 2
-"""The layout of the data that this code writes. Raise it with a step in `MIGRATIONS`."""
-PROCESS_MIN: Final = 1
-"""The oldest process (by the `SCHEMA` of its code) that may work beside this one on a store that this one has made."""
+PROCESS_MIN: Final = 2
+"""The oldest process (by the `SCHEMA_VERSION` of its code) that may work beside this one on a store that this one has made."""
 LIBRARY_VERSION: Final = 2
 """Of the functions in ``lua/``. A released version never changes: raise it with each release that changes them."""
 STEP: Final = 500
@@ -42,7 +40,7 @@ class Migration(msgspec.Struct, frozen=True):
 
     Attributes:
         process_min: the oldest process that may go on beside those that know `schema`.
-        steps: functions of the library that are called with a cursor and a limit until they answer ``0``, one after the other.
+        steps: functions of the library, one after the other, each called with a limit until it says that nothing is left.
             Each call may come twice, and from two processes.
     """
 
@@ -51,8 +49,9 @@ class Migration(msgspec.Struct, frozen=True):
     steps: tuple[str, ...]
 
 
-MIGRATIONS: Final = (Migration(2, 1, ("ry_upgrade_ends",)),)
-assert [each.schema for each in MIGRATIONS] == list(range(2, SCHEMA + 1))
+MIGRATIONS: Final = (Migration(2, 2, ("ry_upgrade_ends",)),)
+assert [each.schema for each in MIGRATIONS] == list(range(2, SCHEMA_VERSION + 1))
+assert MIGRATIONS[-1].process_min == PROCESS_MIN
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -102,7 +101,7 @@ async def identify(ask: Ask, keys: Keys, cluster: str) -> str:
     if facts.restoring:
         raise StoreUnavailable("a backup is being restored into the store; if that was broken off, run 'rocyard restore' again")
     # Data that nobody has named were written before schemas were noted by every process.
-    await ask("HSETNX", keys.meta, "schema", 1 if facts.used else SCHEMA)
+    await ask("HSETNX", keys.meta, "schema", 1 if facts.used else SCHEMA_VERSION)
     await ask("HSETNX", keys.meta, "schema_min", PROCESS_MIN)
     await ask("HSETNX", keys.meta, "cluster", cluster)
     return (await read_facts(ask, keys)).cluster
@@ -150,12 +149,10 @@ async def migrate(ask: Ask, keys: Keys) -> int:
         if schema == 0 or following is None:
             return steps
         for function in following.steps:
-            cursor = b"0"
-            while True:
-                cursor = await ask("FCALL", function, 1, keys.prefix, cursor, STEP)
+            left = 1
+            while left:
+                left = await ask("FCALL", function, 1, keys.prefix, STEP)
                 steps += 1
-                if cursor == b"0":
-                    break
         await ask("FCALL", "ry_upgraded", 1, keys.prefix, schema, following.schema, following.process_min)
         log.info("store_upgraded", schema=following.schema, steps=steps)
 
@@ -194,7 +191,7 @@ class Membership:
         if not facts.cluster:
             if not self._founder:
                 raise StoreUnavailable(
-                    "the store is new and has no identity yet: a controller gives it one when it starts, and so does 'rocyard up'"
+                    "the store is new and has no identity yet: it gets one when a controller starts, or 'rocyard up'"
                 )
             self.cluster = await identify(ask, self.keys, new_id())
             log.warning("store_founded", cluster=self.cluster)
@@ -229,13 +226,13 @@ class Membership:
         return facts
 
     def _refusal(self, facts: Facts) -> StoreUnavailable | None:
-        if facts.schema_min > SCHEMA:
+        if facts.schema_min > SCHEMA_VERSION:
             return StoreTooNew(
                 f"the store has data of schema {facts.schema}, with which processes of schema {facts.schema_min} or newer may "
-                f"work; this process knows schema {SCHEMA}: start it from the version of Rocyard that the others have",
+                f"work; this process knows schema {SCHEMA_VERSION}: start it from the version of Rocyard that the others have",
                 schema=facts.schema,
                 schema_min=facts.schema_min,
-                known=SCHEMA,
+                known=SCHEMA_VERSION,
             )
         if not self.cluster or facts.cluster == self.cluster:
             return None
@@ -244,8 +241,8 @@ class Membership:
         else:
             state = "is being restored" if facts.restoring else "is empty"
         return StoreReplaced(
-            f"the store {state}, but this process belongs to cluster {self.cluster}: nothing is read or written until the right "
-            "data are back; see 'A store that came back empty' in docs/operations.md",
+            f"the store {state}, but this process belongs to cluster {self.cluster}: nothing is read or written until the "
+            "right data are back; see 'A store that came back empty' in docs/operations.md",
             cluster=self.cluster,
             found=facts.cluster,
         )

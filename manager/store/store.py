@@ -6,10 +6,9 @@ left of its deadline: no call takes longer than the connection's deadline, howev
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.resources import files
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -20,10 +19,12 @@ from manager.core.errors import (
     QuotaExceeded,
     RegistrationRefused,
     StoreFull,
+    StoreReplaced,
+    StoreTooNew,
     StoreUnavailable,
     UnknownDependency,
 )
-from manager.core.keys import SCHEMA_VERSION, Keys
+from manager.core.keys import Keys
 from manager.core.lifecycle import AfterFailed, Cordon, SlotFlag, TaskStatus
 from manager.core.mix import Mix, encode_mix
 from manager.core.model import (
@@ -48,8 +49,9 @@ from manager.core.model import (
 )
 from manager.core.shapes import Grant, Shape, encode_shape
 from manager.metrics import STORE_ERRORS, STORE_RECONNECTS
-from manager.store import rows
+from manager.store import rows, schema
 from manager.store.connection import StoreConnection, StoreReplyError
+from manager.store.schema import Membership
 
 IDS_MAX: Final = 500
 """Ids in one call: a function holds up everybody else for as long as it runs."""
@@ -76,11 +78,42 @@ class DueReply(msgspec.Struct, frozen=True):
     made: int
 
 
+class KeptLog(msgspec.Struct, frozen=True):
+    """The end of what an attempt has written to each stream.
+
+    Attributes:
+        attempt: which; 0: none has written anything.
+        stdout_dropped, stderr_dropped: bytes of the stream that came before what is kept: where that begins.
+    """
+
+    attempt: int
+    stdout: bytes
+    stderr: bytes
+    stdout_dropped: int
+    stderr_dropped: int
+
+
 class Retention(msgspec.Struct, frozen=True):
     """Which finished tasks of a tenant are forgotten: those that ended before, and those above so many."""
 
     ended_before_ms: int
     kept: int
+
+
+class Swept(msgspec.Struct, frozen=True):
+    """What was forgotten: how many tasks, how many slots; and where results lay that no record names any more."""
+
+    tasks: int
+    slots: int
+    files: tuple[str, ...] = ()
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What a task's record says of files that may belong to it; status None: there is no such task."""
+
+    status: TaskStatus | None
+    attempt: int = 0
+    file: str = ""
 
 
 class _More(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -126,7 +159,11 @@ def _status(text: bytes) -> TaskStatus | None:
 
 
 def _name_taken(name: str) -> NameTaken:
-    return NameTaken(f"name: {name!r} is the name of another task, which asks for something else. Choose another one.", name=name)
+    return NameTaken(
+        f"name: {name!r} is the name of another task, which asks for something else, or was not asked for with all of these. "
+        "Choose another one.",
+        name=name,
+    )
 
 
 def _unknown_dependency(task_id: str) -> UnknownDependency:
@@ -134,12 +171,6 @@ def _unknown_dependency(task_id: str) -> UnknownDependency:
         f"after: there is no task or array {task_id!r} (any more): name ones that are kept, or that stand before it in the batch.",
         task_id=task_id,
     )
-
-
-def library_source() -> str:
-    """The library of functions: its parts in one text."""
-    parts = sorted(files("manager.store").joinpath("lua").iterdir(), key=lambda part: part.name)
-    return "#!lua name=rocyard\n" + "\n".join(part.read_text() for part in parts if part.name.endswith(".lua"))
 
 
 class Store:
@@ -153,15 +184,20 @@ class Store:
     def __init__(self, connection: StoreConnection, keys: Keys | None = None) -> None:
         self.connection = connection
         self.keys = keys or Keys()
+        self._deploying: asyncio.Task[None] | None = None
 
     async def _run(self, function: str, *args: Any) -> Any:
         try:
-            return await self._raw("FCALL", function, 1, self.keys.prefix, *args)
+            reply = await self._raw("FCALL", function, 1, self.keys.prefix, *args)
         except StoreReplyError as error:
             if "Function not found" not in str(error):
                 raise
             await self.deploy()
-            return await self._raw("FCALL", function, 1, self.keys.prefix, *args)
+            reply = await self._raw("FCALL", function, 1, self.keys.prefix, *args)
+        if self.connection.gate is not None and (reply == b"FENCED" or (type(reply) is list and reply[:1] == [b"FENCED"])):
+            # Before somebody ends what he has because he is nobody there: is it the right store at all?
+            await self.connection.gate.still(self.connection.call)
+        return reply
 
     async def _raw(self, *args: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -169,6 +205,8 @@ class Store:
         try:
             try:
                 return await self.connection.call(*args)
+            except (StoreReplaced, StoreTooNew):
+                raise  # the same store would say the same
             except StoreUnavailable:
                 left_s = self.connection.deadline_s - (loop.time() - began_s)
                 if left_s <= 0:
@@ -181,24 +219,24 @@ class Store:
     # --- deployment ---------------------------------------------------------------------------------------------
 
     async def deploy(self) -> None:
-        """Load the library if the server does not have exactly this one."""
-        source = library_source()
-        digest = hashlib.sha256(source.encode()).hexdigest()
-        listed = await self._raw("FUNCTION", "LIST", "LIBRARYNAME", "rocyard")
-        if not listed or await self._raw("HGET", self.keys.meta, "library") != digest.encode():
-            await self._raw("FUNCTION", "LOAD", "REPLACE", source)
-            await self._raw("HSET", self.keys.meta, "library", digest)
+        """Load the library if the server has neither this one nor a newer one; first it must be the right store."""
+        if self._deploying is None or self._deploying.done():
+            gate = self.connection.gate
+            action = partial(schema.deploy, keys=self.keys) if gate is None else gate.admit
+            self._deploying = asyncio.create_task(self.connection.apart(action))
+        await asyncio.shield(self._deploying)  # it serves all who wait: a caller's cancellation does not end it
 
     async def identify(self, cluster_id: str) -> str:
         """The identity of the state in this store; `cluster_id` becomes it where there is none."""
-        await self._raw("HSETNX", self.keys.meta, "schema", SCHEMA_VERSION)
-        await self._raw("HSETNX", self.keys.meta, "cluster", cluster_id)
-        return str((await self._raw("HGET", self.keys.meta, "cluster")).decode())
+        return await schema.identify(self._raw, self.keys, cluster_id)
 
     async def identity(self) -> str:
         """The identity of the state in this store, empty where there is none."""
-        found = await self._raw("HGET", self.keys.meta, "cluster")
-        return found.decode() if found else ""
+        return (await schema.read_facts(self._raw, self.keys)).cluster
+
+    async def migrate(self) -> int:
+        """Bring older data to the schema of this code; in how many steps."""
+        return await schema.migrate(self._raw, self.keys)
 
     async def ping(self) -> None:
         """Raises StoreUnavailable where the store does not answer."""
@@ -284,7 +322,12 @@ class Store:
 
     async def task(self, task_id: str) -> TaskRecord | None:
         """The record of a task."""
-        return rows.task(task_id, await self._raw("HMGET", self.keys.task(task_id), *rows.TASK_FIELDS))
+        record = rows.task(task_id, await self._raw("HMGET", self.keys.task(task_id), *rows.TASK_FIELDS))
+        if record is None or not record.array_id:
+            return record
+        # What was submitted is kept once for all tasks of an array, and for as long as one of them is kept.
+        array = await self.array(record.array_id)
+        return record if array is None else msgspec.structs.replace(record, spec=array.spec)
 
     async def tasks(
         self, tenant: str, before: int | None, limit: int, status: TaskStatus | None, function: str
@@ -304,13 +347,22 @@ class Store:
 
     async def log(self, task_id: str) -> tuple[bytes, bytes, int]:
         """Stdout, stderr and dropped bytes of the newest attempt that wrote something."""
-        out, err, dropped = await self._raw("HMGET", self.keys.task_log(task_id), "stdout", "stderr", "dropped")
-        return out or b"", err or b"", int(dropped or 0)
+        kept = await self.kept_log(task_id)
+        return kept.stdout, kept.stderr, kept.stdout_dropped + kept.stderr_dropped
 
-    async def keep_log(self, task_id: str, attempt: int, stdout: bytes, stderr: bytes, dropped: int) -> None:
+    async def kept_log(self, task_id: str) -> KeptLog:
+        """The same with what a reader needs who follows it: whose it is, and where in each stream it begins."""
+        fields = ("attempt", "stdout", "stderr", "dropped", "err_dropped")
+        attempt, out, err, dropped, err_dropped = await self._raw("HMGET", self.keys.task_log(task_id), *fields)
+        from_stderr = int(err_dropped or 0)  # an older agent tells only the sum, which is taken for stdout's
+        return KeptLog(int(attempt or 0), out or b"", err or b"", int(dropped or 0) - from_stderr, from_stderr)
+
+    async def keep_log(
+        self, task_id: str, attempt: int, stdout: bytes, stderr: bytes, stdout_dropped: int, stderr_dropped: int = 0
+    ) -> None:
         """Keep what an attempt has written so far. A full store keeps no logs: ends must pass, and they come behind."""
         with contextlib.suppress(StoreFull):
-            await self._run("ry_log", task_id, attempt, stdout, stderr, dropped)
+            await self._run("ry_log", task_id, attempt, stdout, stderr, stdout_dropped + stderr_dropped, stderr_dropped)
 
     async def events(self, after: str, block_ms: int) -> tuple[str, list[TaskEvent]]:
         """Ends of tasks after the stream id `after` (``$``: from now on). Blocks its connection: give it one of its own."""
@@ -549,8 +601,8 @@ class Store:
         kept: int,
         closed_before_ms: int,
         tenants: Mapping[str, Retention] | None = None,
-    ) -> tuple[int, int]:
-        """Forget old tasks and tombstones, a bounded number; how many of each.
+    ) -> Swept:
+        """Forget old tasks and tombstones, a bounded number.
 
         Args:
             ended_before_ms, kept: of each tenant that `tenants` does not name.
@@ -558,8 +610,16 @@ class Store:
         args: list[Any] = [ended_before_ms, kept]
         for tenant, own in (tenants or {}).items():
             args += (tenant, own.ended_before_ms, own.kept)
-        tasks, tombs = await self._run("ry_sweep", token, closed_before_ms, IDS_MAX, *args)
-        return tasks, tombs
+        tasks, slots, files = await self._run("ry_sweep", token, closed_before_ms, IDS_MAX, *args)
+        return Swept(tasks, slots, tuple(name.decode() for name in files))
+
+    async def kept(self, token: int, task_ids: Sequence[str]) -> list[Kept] | None:
+        """What the records say of files of these tasks, in their order; None: the token is stale, and nothing may be removed."""
+        assert len(task_ids) <= IDS_MAX
+        word, *said = await self._run("ry_kept", token, *task_ids)
+        if word != b"OK":
+            return None
+        return [Kept(_status(said[i]), int(said[i + 1] or 0), said[i + 2].decode()) for i in range(0, len(said), 3)]
 
     # --- plain records ------------------------------------------------------------------------------------------
 
@@ -626,13 +686,20 @@ class Store:
 
 
 def connect(
-    url: str, deadline_s: float, name: str, keys: Keys | None = None, on_reconnect: Callable[[], None] | None = None
+    url: str,
+    deadline_s: float,
+    name: str,
+    keys: Keys | None = None,
+    on_reconnect: Callable[[], None] | None = None,
+    membership: Membership | None = None,
 ) -> Store:
-    """A store over a connection of its own, made at the first call; connections after the first are counted."""
+    """A store over a connection of its own, made at the first call; connections after the first are counted. `membership` says
+    whether it is the right store: each process of a cluster has one.
+    """
 
     def reconnected() -> None:
         STORE_RECONNECTS.inc()
         if on_reconnect is not None:
             on_reconnect()
 
-    return Store(StoreConnection(url, deadline_s, name, reconnected), keys)
+    return Store(StoreConnection(url, deadline_s, name, reconnected, membership), keys)

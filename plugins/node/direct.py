@@ -24,7 +24,7 @@ from plugins.node.slot_executor import Ending, SlotContext, ended_by, exceeded_t
 
 TARGET: Final = "plugins.node.functions.direct:run_call"
 STORE_PAUSE_S: Final = (0.1, 1.0)
-NO_OUTPUT: Final = Output(b"", b"", 0)
+NO_OUTPUT: Final = Output(b"", b"")
 
 log = get_logger("rocyard.direct")
 
@@ -155,7 +155,7 @@ class DirectRunner:
                     lease_s=context.lease_s,
                     path=path,
                     log_bytes_max=context.tasks.log_bytes_max,
-                    result_bytes_max=KIB,  # of the answer on the wire; the result goes into a file, and has no limit
+                    inline_bytes_max=KIB,  # of the answer on the wire; the result goes into a file, and has no limit
                     on_done=self._on_done,
                     on_exit=self._on_exit,
                 )
@@ -168,8 +168,8 @@ class DirectRunner:
         await self._stop()
         return self._ended_as()
 
-    def _on_done(self, done: Done, stdout: bytes, stderr: bytes, dropped_bytes: int) -> None:
-        self._done, self._output = done, Output(stdout, stderr, dropped_bytes)
+    def _on_done(self, done: Done, output: Output) -> None:
+        self._done, self._output = done, output
         self._ended.set()
 
     def _on_exit(self, end: Exit) -> None:

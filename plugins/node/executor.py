@@ -1,8 +1,8 @@
 """The program of one executor: it runs the tasks of one slot, one after the other, in the user's interpreter.
 
-It imports the standard library, and by file path ``wire.py`` and ``executor_target.py``, which need msgspec; so any
-Python from 3.10 on that has msgspec can run it. It must never import anything else of ours, and it knows no store, no
-network and no credential.
+It imports the standard library, and by file path ``wire.py`` and ``executor_target.py``, which need msgspec, and
+``executor_attempt.py``; so any Python from 3.10 on that has msgspec can run it. It must never import anything else of ours,
+and it knows no store, no network and no credential.
 
 Two processes. The *guard* is the agent's child: a small init that ends everything below it when the agent dies, or is
 silent for one lease, or asks for it, even if the user's code holds the interpreter lock for ever; it takes in every
@@ -26,13 +26,14 @@ import socket
 import struct
 import sys
 import time
+from _thread import get_ident
 from collections import deque
 from types import CoroutineType, FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 if TYPE_CHECKING:  # at run time they are loaded by file path, in the executor process alone
     from manager.core import wire  # noqa: TC004
-    from plugins.node import executor_target  # noqa: TC004
+    from plugins.node import executor_attempt, executor_target  # noqa: TC004
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -40,6 +41,7 @@ _PULSE: Final = struct.Struct("=Q")
 _OOM_SCORE: Final = 500  # under memory pressure the kernel ends an executor rather than its agent
 _SIGNALS: Final = {signal.SIGUSR1, signal.SIGTERM}
 _IDLE, _BUSY, _RUNNING = range(3)
+_ENDED: Final = "ended by its node agent"
 
 
 class TaskTerminated(BaseException):
@@ -50,11 +52,10 @@ class Options:
     """What the agent says on the command line. A plain class: nothing but the standard library is there yet."""
 
     def __init__(self, argv: list[str]) -> None:
-        self.wire_path, self.target_path, marker, numbers, lease_s, path, path_last = argv
+        self.wire_path, self.target_path, self.attempt_path, marker, numbers, lease_s, path, path_last = argv
         self.marker = bytes.fromhex(marker)
-        self.socket_fd, self.tokens_fd, self.pulse_fd, self.page_fd, self.agent_pid, self.result_bytes_max = map(
-            int, numbers.split(",")
-        )
+        self.socket_fd, self.tokens_fd, self.pulse_fd, self.page_fd, self.agent_pid, *limits = map(int, numbers.split(","))
+        self.inline_bytes_max, self.result_bytes_max = limits
         self.lease_s = float(lease_s)
         self.path = [entry for entry in path.split(os.pathsep) if entry]
         self.path_last = [entry for entry in path_last.split(os.pathsep) if entry]
@@ -159,6 +160,7 @@ class Executor:
         for fd in (options.socket_fd, options.tokens_fd, options.page_fd):
             os.set_inheritable(fd, False)
         self._pid = os.getpid()
+        self._main_thread = get_ident()
         self._options = options
         self._flush_c = libc.fflush
         self._c_stdout = ctypes.c_void_p.in_dll(libc, "stdout")
@@ -169,6 +171,7 @@ class Executor:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what a crashed task printed is kept
         self._phase = _BUSY
         self._stopping = False
+        self._ran_out = False  # a device had no memory left for the task
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, self._on_terminate)
         os.register_at_fork(after_in_child=_default_signals)
@@ -176,10 +179,12 @@ class Executor:
         globals().update(
             wire=_load("rocyard_wire", options.wire_path),
             executor_target=_load("rocyard_executor_target", options.target_path),
+            executor_attempt=_load("rocyard_executor_attempt", options.attempt_path),
         )
         script_dir = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
         sys.path[:] = options.path + [entry for entry in sys.path if entry != script_dir]
         sys.path += [entry for entry in options.path_last if entry not in sys.path]
+        self._attempt = sys.modules[executor_attempt.NAME] = executor_attempt.RunningAttempt(self._note)
         self._socket = socket.socket(fileno=options.socket_fd)
         self._page = mmap.mmap(options.page_fd, mmap.PAGESIZE)
         os.close(options.page_fd)  # mmap keeps one of its own
@@ -229,12 +234,21 @@ class Executor:
         wire.STARTED.pack_into(self._page, 0, number, time.monotonic())
         os.environ["ROCYARD_TASK_ID"] = call.task_id
         os.environ["ROCYARD_ATTEMPT"] = str(call.attempt)
+        for name, number_of in (("ROCYARD_ARRAY_INDEX", call.index), ("ROCYARD_ARRAY_COUNT", call.count)):
+            os.environ.pop(name, None)
+            if call.index >= 0:
+                os.environ[name] = str(number_of)
+        self._attempt.begin(call)
         try:
             done = self._run(call)
         except TaskTerminated as error:  # it came while another exception of the task was being reported
             done = self._failed(call, error, 0.0, 0.0)
         if os.getpid() != self._pid:  # the task forked, and its child came back from the function: it is not us
             os._exit(0)
+        self._attempt.end()
+        if self._ran_out:  # only now nothing of the function holds its memory any more
+            self._ran_out = False
+            executor_target.empty_device_cache()
         self._tidy()
         for fd, _ in self._outputs:
             _write(fd, self._options.marker)
@@ -260,27 +274,53 @@ class Executor:
 
                 value = asyncio.run(value)
             duration_s = time.perf_counter() - began
-            result = executor_target.encode_result(value, self._options.result_bytes_max)
+            options = self._options
+            result = executor_target.encode_result(
+                value, options.inline_bytes_max, options.result_bytes_max, filed=bool(call.result_path)
+            )
+            file_bytes, file_sha256 = 0, ""
+            if len(result) > options.inline_bytes_max:
+                file_sha256 = executor_target.write_result(result, call.result_path)
+                file_bytes, result = len(result), b""
             self._phase = _BUSY
         except BaseException as error:  # noqa: BLE001  # whatever a task raises is the task's failure, sys.exit too
             self._phase = _BUSY
             if began is not None and not duration_s:
                 duration_s = time.perf_counter() - began
             return self._failed(call, error, duration_s, load_s)
-        return wire.Done(call.task_id, call.attempt, True, result, duration_s, _memory_bytes_peak(), load_s)
+        return wire.Done(
+            *(call.task_id, call.attempt, True, result, duration_s, _memory_bytes_peak(), load_s),
+            file_bytes=file_bytes,
+            file_sha256=file_sha256,
+        )
 
     def _failed(self, call: "wire.Call", error: BaseException, duration_s: float, load_s: float) -> "wire.Done":
-        name, message, trace = executor_target.failure_of(error, frames_skipped=1)
-        failure = wire.encode_failure(wire.Failure(name, message, trace))
+        name, message, trace, bases = executor_target.failure_of(error, frames_skipped=1)
+        self._ran_out = self._ran_out or name == executor_target.GPU_OUT_OF_MEMORY
+        failure = wire.encode_failure(wire.Failure(name, message, trace, bases))
         terminated = isinstance(error, TaskTerminated) or self._stopping
         peak = _memory_bytes_peak()
         return wire.Done(call.task_id, call.attempt, False, failure, duration_s, peak, load_s, terminated)
+
+    def _note(self, progress: float | None, message: str | None, checkpoint: str | None) -> None:
+        """Send what the running function reports: whole, even where the agent ends the task in the midst of it."""
+        attempt = self._attempt
+        frame = wire.pack(wire.Note(attempt.task_id, attempt.attempt, progress, message, checkpoint))
+        held = self._phase == _RUNNING and get_ident() == self._main_thread  # signals are handled in that thread alone
+        if held:
+            self._phase = _BUSY
+        self._socket.sendall(frame)
+        if held:
+            self._phase = _RUNNING
+            if self._stopping:
+                self._phase = _BUSY
+                raise TaskTerminated(_ENDED)
 
     def _describe(self, name: str) -> "wire.Description":
         try:
             schema, doc = executor_target.describe(name)
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything on import
-            kind, message, _ = executor_target.failure_of(error, frames_skipped=0)
+            kind, message, *_ = executor_target.failure_of(error, frames_skipped=0)
             return wire.Description(name, error=f"{kind}: {message}")
         return wire.Description(name, schema, doc)
 
@@ -303,7 +343,7 @@ class Executor:
         self._stopping = True
         if self._phase == _RUNNING:
             self._phase = _BUSY  # raised once: its `finally` blocks must not be interrupted by a second signal
-            raise TaskTerminated("ended by its node agent")
+            raise TaskTerminated(_ENDED)
         if self._phase == _IDLE:
             sys.exit(128 + signal.SIGTERM)
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from manager.core import wire
-from manager.core.quantities import KIB
+from manager.core.quantities import KIB, MIB
 from plugins.node.executor_process import CHUNK_BYTES, ExecutorProcess, ExecutorStartError, Launch, OutputPipe
 from plugins.node.pulse import Pulse
 
@@ -24,11 +24,12 @@ LEAVING_S: Final = 2.0  # from the end of the socket to the end of the process, 
 
 
 class Output(NamedTuple):
-    """What one task wrote: the last bytes of each stream, and how many bytes of both before them were dropped."""
+    """What one task wrote: the last bytes of each stream, and how many bytes of each were dropped before them."""
 
     stdout: bytes
     stderr: bytes
-    dropped_bytes: int
+    stdout_dropped: int = 0
+    stderr_dropped: int = 0
 
 
 class Exit(msgspec.Struct, frozen=True):
@@ -49,7 +50,8 @@ class Exit(msgspec.Struct, frozen=True):
     asked: bool
 
 
-OnDone = Callable[[wire.Done, bytes, bytes, int], None]
+OnDone = Callable[[wire.Done, Output], None]
+OnNote = Callable[[wire.Note], None]
 OnExit = Callable[[Exit], None]
 OnDescribed = Callable[[wire.Described], None]
 
@@ -64,13 +66,20 @@ class Executor:
         exited: resolved when all is over, after `on_exit`.
     """
 
-    def __init__(self, process: ExecutorProcess, on_done: OnDone, on_exit: OnExit, on_described: OnDescribed | None) -> None:
+    def __init__(
+        self,
+        process: ExecutorProcess,
+        on_done: OnDone,
+        on_exit: OnExit,
+        on_described: OnDescribed | None,
+        on_note: OnNote | None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.pid, self.guard_pid, self.python = 0, process.guard.pid, ""
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._loop, self._process = loop, process
-        self._on_done, self._on_exit, self._on_described = on_done, on_exit, on_described
+        self._on_done, self._on_exit, self._on_described, self._on_note = on_done, on_exit, on_described, on_note
         self._reader = wire.FrameReader()
         self._outbox = bytearray()
         self._calls: deque[tuple[int, wire.Call]] = deque()  # numbered; not done, not taken back
@@ -96,25 +105,28 @@ class Executor:
         path: Sequence[str] = (),
         marker: bytes = b"",
         log_bytes_max: int = 64 * KIB,
-        result_bytes_max: int = 256 * KIB,
+        inline_bytes_max: int = 256 * KIB,
+        result_bytes_max: int = 256 * MIB,
         ready_s_max: float = READY_S_MAX,
         on_described: OnDescribed | None = None,
+        on_note: OnNote | None = None,
     ) -> "Executor":
         """Start an executor and wait until it is ready for calls.
 
         Args:
-            python, env, lease_s, path, marker, log_bytes_max, result_bytes_max: as in `Launch`.
+            python, env, lease_s, path, marker, log_bytes_max, inline_bytes_max, result_bytes_max: as in `Launch`.
             pulse: what it watches.
-            on_done: called once per call, in order: the answer, stdout, stderr, bytes that were dropped of both.
+            on_done: called once per call, in order: the answer, and what it wrote.
             on_exit: called once, after the last `on_done`; never if the start fails.
             ready_s_max: seconds from start to ready.
             on_described: called for each answer to `describe`.
+            on_note: called for what the running call reports, before its `on_done` or `on_exit`.
 
         Raises:
             ExecutorStartError: with the remedy, or what it wrote to stderr.
         """
-        launch = Launch(python, env, lease_s, tuple(path), log_bytes_max, result_bytes_max, marker)
-        executor = cls(ExecutorProcess(launch, pulse), on_done, on_exit, on_described)
+        launch = Launch(python, env, lease_s, tuple(path), log_bytes_max, inline_bytes_max, result_bytes_max, marker)
+        executor = cls(ExecutorProcess(launch, pulse), on_done, on_exit, on_described, on_note)
         try:
             async with asyncio.timeout(ready_s_max):
                 await executor._ready
@@ -178,7 +190,7 @@ class Executor:
     def output_so_far(self) -> Output:
         """What the running call has written until now; nothing once the executor has ended."""
         (stdout, dropped), (stderr, dropped_too) = self._process.stdout.so_far(), self._process.stderr.so_far()
-        return Output(stdout, stderr, dropped + dropped_too)
+        return Output(stdout, stderr, dropped, dropped_too)
 
     def terminate(self, grace_s: float) -> None:
         """Raise `TaskTerminated` in the running task and end the executor; `kill` it after `grace_s` seconds.
@@ -265,7 +277,12 @@ class Executor:
                 stdout, dropped = self._process.stdout.take()
                 stderr, dropped_too = self._process.stderr.take()
                 self._calls.popleft()
-                self._call_back(self._on_done, message, stdout, stderr, dropped + dropped_too)
+                self._call_back(self._on_done, message, Output(stdout, stderr, dropped, dropped_too))
+            case wire.Note():
+                call = self.current
+                # A thread may outlive its task, and what it says then is about nothing that runs.
+                if self._on_note is not None and call is not None and (call.task_id, call.attempt) == (message.task_id, message.attempt):
+                    self._call_back(self._on_note, message)
             case wire.Ready():
                 self.pid, self.python = message.pid, message.python
                 if not self._ready.done():

@@ -3,6 +3,7 @@
 The program itself is ``executor.py``; what it says and what that means is `plugins.node.executor_handle`.
 """
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -17,7 +18,7 @@ from typing import Final
 import msgspec
 
 from manager.core import wire
-from manager.core.quantities import KIB
+from manager.core.quantities import KIB, MIB
 from plugins.node.executor_output import OutputSplitter, Written
 from plugins.node.pulse import Pulse, sealed_page
 
@@ -26,7 +27,9 @@ MARKER_BYTES: Final = 24
 
 _PROGRAM: Final = Path(__file__).with_name("executor.py")
 _TARGET: Final = Path(__file__).with_name("executor_target.py")
+_ATTEMPT: Final = Path(__file__).with_name("executor_attempt.py")
 _PACKAGES: Final = Path(__file__).parents[2]  # the built-in functions are there, for executors of our own interpreter
+_FACE: Final = "rocyard"  # the package that functions import; of all of ours, other interpreters see it alone
 
 
 class ExecutorStartError(Exception):
@@ -42,6 +45,7 @@ class Launch(msgspec.Struct, frozen=True):
         lease_s: it ends itself when the pulse stands still for so long.
         path: directories put at the front of its import path.
         log_bytes_max: bytes kept of each stream of each call, the last ones.
+        inline_bytes_max: a larger result is written to a file; without a place for one it fails its call.
         result_bytes_max: a larger result fails its call.
         marker: what it writes after each call's output; random where it is empty.
     """
@@ -51,7 +55,8 @@ class Launch(msgspec.Struct, frozen=True):
     lease_s: float
     path: tuple[str, ...] = ()
     log_bytes_max: int = 64 * KIB
-    result_bytes_max: int = 256 * KIB
+    inline_bytes_max: int = 256 * KIB
+    result_bytes_max: int = 256 * MIB
     marker: bytes = b""
 
 
@@ -85,6 +90,18 @@ class OutputPipe:
         return parts.popleft()
 
 
+def _face_in(home: Path) -> Path:
+    """A folder that has nothing but the package which functions may import, so that nothing else of ours is found there.
+
+    A folder rather than a hook: `multiprocessing` hands folders on to the processes that it starts.
+    """
+    folder = home / ".rocyard"
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / _FACE).symlink_to(_PACKAGES / _FACE)
+    return folder
+
+
 class ExecutorProcess:
     """The processes of one executor, as the agent holds them.
 
@@ -105,7 +122,8 @@ class ExecutorProcess:
         """
         marker = launch.marker or secrets.token_bytes(MARKER_BYTES)
         self.python = python = launch.python or sys.executable
-        path_last = _PACKAGES if Path(python).absolute() == Path(sys.executable).absolute() else ""
+        ours = Path(python).absolute() == Path(sys.executable).absolute()
+        path_last = _PACKAGES if ours else _face_in(Path(launch.env["HOME"]))
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
         self.stdout = OutputPipe(marker, launch.log_bytes_max)
@@ -116,10 +134,11 @@ class ExecutorProcess:
         # Opened anew, since "not blocking" belongs to an open file: the executor's reading must block.
         self.tokens_back_fd = os.open(f"/proc/self/fd/{tokens_read_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         inherited = (theirs.fileno(), tokens_read_fd, pulse.fd, page_fd)
-        numbers = ",".join(map(str, (*inherited, os.getpid(), launch.result_bytes_max)))
+        numbers = ",".join(map(str, (*inherited, os.getpid(), launch.inline_bytes_max, launch.result_bytes_max)))
         options = [
             wire.__file__,
             _TARGET,
+            _ATTEMPT,
             marker.hex(),
             numbers,
             launch.lease_s,

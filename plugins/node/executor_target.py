@@ -5,10 +5,14 @@ and it knows neither sockets nor frames.
 """
 
 import collections.abc
+import contextlib
+import gc
 import importlib
 import inspect
 import math
 import os
+import re
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -16,13 +20,22 @@ from typing import Any, Final, Optional, Union
 
 import msgspec
 
+GPU_OUT_OF_MEMORY: Final = "GpuOutOfMemory"
 MESSAGE_CHARS_MAX: Final = 2000
 TRACEBACK_CHARS_MAX: Final = 8000
 TRACEBACK_FRAMES_MAX: Final = 64
 DOC_CHARS_MAX: Final = 500
 DEFAULT_BYTES_MAX: Final = 1000  # of a default value shown in a schema; longer ones are left out
 
+BASES_MAX: Final = 32
+CAUSES_MAX: Final = 10
+
 _ARGUMENTS: Final = "rocyard_arguments"
+_OUT_OF_MEMORY: Final = re.compile(
+    r"\b(hip|cuda)\b[^\n]{0,60}\bout of memory|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+_FILE_CHUNK_BYTES: Final = 1024 * 1024
 
 
 class InvalidArguments(Exception):
@@ -35,6 +48,10 @@ class ResultNotSerialisable(Exception):
 
 class ResultTooLarge(Exception):
     """The returned value is over the limit."""
+
+
+class ResultNotStored(Exception):
+    """The returned value could not be written."""
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -70,8 +87,13 @@ def describe(target: str) -> tuple[bytes, str]:
     return _schema_of(function, target.partition(":")[2]), _doc_of(function)
 
 
-def encode_result(value: Any, bytes_max: int) -> bytes:
+def encode_result(value: Any, inline_bytes_max: int, bytes_max: int, *, filed: bool) -> bytes:
     """JSON of what a function returned. NaN and infinities become ``null``: JSON has neither.
+
+    Args:
+        inline_bytes_max: what an answer holds.
+        bytes_max: what a file may hold.
+        filed: whether there is a place for a file.
 
     Raises:
         ResultNotSerialisable, ResultTooLarge: each names a remedy.
@@ -83,17 +105,61 @@ def encode_result(value: Any, bytes_max: int) -> bytes:
             f"the function returned a {type(value).__name__} that has no JSON form ({error}): return numbers, text, "
             "booleans, None, lists, dicts, dataclasses or arrays"
         ) from None
+    said, remedy = f"the result is {len(data)} bytes of JSON", "write it to a file or an object store and return where it is"
     if len(data) > bytes_max:
+        raise ResultTooLarge(f"{said}, the limit is {bytes_max} (tasks.result_bytes_max): {remedy}")
+    if len(data) > inline_bytes_max and not filed:
         raise ResultTooLarge(
-            f"the result is {len(data)} bytes of JSON, the limit is {bytes_max}: "
-            "write it to a file or an object store and return where it is"
+            f"{said}, the limit is {inline_bytes_max} (results.inline_bytes_max) where there is no place for larger ones "
+            f"(results.url is not set): have it set, or {remedy}"
         )
     return data
 
 
-def failure_of(error: BaseException, frames_skipped: int) -> tuple[str, str, str]:
-    """Name, message and traceback of `error`, bounded, without local variables and without our own frames."""
-    ours = isinstance(error, InvalidArguments | ResultNotSerialisable | ResultTooLarge)
+def write_result(data: bytes, path: str) -> str:
+    """Write `data` to `path` so that it survives a power cut, except for the name; its SHA-256.
+
+    Raises:
+        ResultNotStored: with the system's reason.
+    """
+    import hashlib  # loads a library of megabytes, which few executors need
+
+    digest = hashlib.sha256()
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb", buffering=0) as file:  # noqa: PTH123  # it has a descriptor, no path
+                view = memoryview(data)
+                while view:
+                    written = file.write(view[:_FILE_CHUNK_BYTES])
+                    digest.update(view[:written])
+                    view = view[written:]
+                os.fsync(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # noqa: PTH108  # a user's interpreter starts faster without pathlib
+            raise
+    except OSError as error:
+        raise ResultNotStored(
+            f"the result ({len(data)} bytes of JSON) could not be written to {path}: {error.strerror}"
+        ) from None
+    return digest.hexdigest()
+
+
+def empty_device_cache() -> None:
+    """Give back what torch keeps of a device for later, after a task that found no memory there."""
+    gc.collect()  # an exception and the frames that it names are a cycle
+    torch: Any = sys.modules.get("torch")
+    with contextlib.suppress(AttributeError, RuntimeError):  # something else by that name; a device that has failed
+        torch.cuda.empty_cache()
+
+
+def failure_of(error: BaseException, frames_skipped: int) -> tuple[str, str, str, tuple[str, ...]]:
+    """Name, message, traceback and classes of `error`, bounded, without local variables and without our own frames.
+
+    Its name is that of its class, or `GPU_OUT_OF_MEMORY`.
+    """
+    ours = isinstance(error, InvalidArguments | ResultNotSerialisable | ResultTooLarge | ResultNotStored)
     trace = error.__traceback__
     for _ in range(frames_skipped):
         trace = trace.tb_next if trace is not None else None
@@ -104,7 +170,27 @@ def failure_of(error: BaseException, frames_skipped: int) -> tuple[str, str, str
         message, lines = f"its text cannot be shown: str() raised {type(broken).__name__}", []
     if isinstance(error, SystemExit):
         message = f"the function called sys.exit({message})"
-    return type(error).__name__, _clean(message)[:MESSAGE_CHARS_MAX], _clean("".join(lines))[-TRACEBACK_CHARS_MAX:]
+    name = GPU_OUT_OF_MEMORY if _ran_out_of_device_memory(error) else _clean(type(error).__name__)
+    classes = [kind.__name__ for kind in type(error).__mro__ if kind not in (BaseException, object)]
+    trace_text = _clean("".join(lines))[-TRACEBACK_CHARS_MAX:]
+    return name, _clean(message)[:MESSAGE_CHARS_MAX], trace_text, tuple(map(_clean, classes[:BASES_MAX]))
+
+
+def _ran_out_of_device_memory(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, says that a device had no memory left. That of the host is another matter."""
+    cause: BaseException | None = error
+    for _ in range(CAUSES_MAX):
+        if cause is None:
+            break
+        for kind in type(cause).__mro__:
+            if kind.__name__ == "OutOfMemoryError" and str(kind.__module__).partition(".")[0] == "torch":
+                return True
+        if isinstance(cause, RuntimeError):
+            with contextlib.suppress(Exception):  # the text of a user's class may raise anything
+                if _OUT_OF_MEMORY.search(str(cause)):
+                    return True
+        cause = cause.__cause__
+    return False
 
 
 def _load(target: str) -> tuple[Callable[..., Any], float]:

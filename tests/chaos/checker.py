@@ -5,6 +5,7 @@ task that ran again did so because it was to be tried again, or because of a fau
 between its start and its next one. Everything else that ran twice is unexplained.
 """
 
+import itertools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         unexplained: ran again for no reason.
         unexpected: in the store, and submitted by nobody.
         inconsistent: what does not add up in the store.
+        died: processes that no fault has ended.
         starts, reruns: how often tasks started, and how often again.
         explained: reruns by what explains them.
         ends: tasks by state.
@@ -67,6 +69,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     unexplained: tuple[str, ...]
     unexpected: tuple[str, ...]
     inconsistent: tuple[str, ...]
+    died: tuple[str, ...]
     starts: int
     reruns: int
     explained: dict[str, int]
@@ -80,7 +83,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def problems(self) -> dict[str, tuple[str, ...]]:
         """What breaks the promise; empty: nothing."""
-        names = ("lost", "unfinished", "duplicated", "wrong", "unexplained", "unexpected", "inconsistent")
+        names = ("lost", "unfinished", "duplicated", "wrong", "unexplained", "unexpected", "inconsistent", "died")
         return {name: found for name in names if (found := getattr(self, name))}
 
 
@@ -143,6 +146,7 @@ def check(folder: Path) -> Verdict:
         unexplained=tuple(reruns.unexplained),
         unexpected=tuple(sorted(row.task for row in rows.values() if row.key not in said.due)),
         inconsistent=(run.recount,) if run.recount else (),
+        died=tuple(_died(run, faults)),
         starts=sum(note.event == "start" for those in notes.values() for note in those),
         reruns=sum(reruns.explained.values()) + len(reruns.unexplained),
         explained=dict(sorted(reruns.explained.items())),
@@ -208,6 +212,12 @@ def _wrong(said: _Submissions, rows: dict[str, Row], notes: dict[str, list[Note]
             yield f"{row.task} succeeded in attempt {row.attempt}, and no task has written that it came to its end there"
 
 
+def _died(run: Run, faults: Sequence[Fault]) -> Iterable[str]:
+    """A store that must sync each write and cannot is right to end: its disk was full."""
+    full = any(fault.kind == "store-full" for fault in faults)
+    return (one for one in run.died if not (full and one.startswith("store ")))
+
+
 class _Reruns:
     """Why tasks ran again.
 
@@ -223,7 +233,7 @@ class _Reruns:
         self.recovery: dict[str, list[float]] = defaultdict(list)
         for task, those in notes.items():
             starts = sorted((note for note in those if note.event == "start"), key=lambda note: note.at)
-            for before, after in zip(starts, starts[1:], strict=False):
+            for before, after in itertools.pairwise(starts):
                 self._explain(task, before, after, those, faults)
 
     def _explain(self, task: str, before: Note, after: Note, notes: list[Note], faults: Sequence[Fault]) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,13 +25,14 @@ from manager.settings_load import load_settings
 from manager.store.server import HOST, find_program
 from manager.store.server import _free_port as free_store_port
 from tests.chaos.proxy import Proxy
+from tests.chaos.store_program import STARTS
 from tests.integration.cluster import Cluster
 
 WITNESS: Final = Path(__file__).parent / "witness"
 FUNCTIONS: Final = ("work", "fail", "crash")
 FLEET: Final = "3x2:mi300x"
 STORE_DISK_BYTES: Final = 512 * 1024 * 1024
-ROLES: Final = ("scheduler", "controller", "api", "autoscaler")
+_ENDED: Final = re.compile(r"(\S+) ended \((exit status \d+)\); started again")
 SETTINGS: Final = {
     # A run is a minute long: what production does in 12 s is done in 5. Not sooner, since the machine may be busy with others.
     "ROCYARD_NODE__BEAT_S": "1",
@@ -141,13 +143,21 @@ class ChaosCluster(Cluster):
         self._mount()
         starting = asyncio.create_task(asyncio.to_thread(self.start))
         # Not before the supervisor has looked whether the port is free; the store's start says that it has.
-        while not (self.directory / "starts.jsonl").exists() and not starting.done():
+        while not (self.directory / STARTS).exists() and not starting.done():  # noqa: ASYNC110 -- a file tells nobody
             await asyncio.sleep(0.02)
         if not starting.done():
             await self.proxy.listen(self.proxy_port)
         await starting
-        self._second = Child(self._controller(), self.directory / "data" / "logs", lambda _name, _status: None)
+        self._second = Child(self._controller(), self.directory / "data" / "logs", self._note_second)
         await self._second.start()
+
+    def _note_second(self, name: str, status: int) -> None:
+        with self.output.open("a") as output:
+            output.write(f"{name} ended ({f'exit status {status}' if status >= 0 else f'signal {-status}'}); started again\n")
+
+    def died(self) -> tuple[str, ...]:
+        """Processes that ended by themselves and were started again, as the supervisor says: those that no signal ended."""
+        return tuple(f"{name} ended with {how}" for name, how in _ENDED.findall(self.output.read_text(errors="replace")))
 
     async def end(self) -> None:
         """End everything."""
@@ -162,7 +172,7 @@ class ChaosCluster(Cluster):
             await self._second.stop()
         await self.proxy.close()
         if self._mounted:
-            subprocess.run(["umount", "-l", str(self.disk)], check=False)
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(self.disk)], check=False)
 
     def _mount(self) -> None:
         """A small disk for the store, where root may mount one."""

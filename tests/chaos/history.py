@@ -129,7 +129,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         recount: what a recount of the whole store at the end found wrong; empty: nothing.
-        unfinished: seconds after which the run gave up waiting for the last tasks; 0: all had ended.
+        died: processes that ended by an exit status, and were started again.
         skipped: faults that this machine does not allow, and why.
     """
 
@@ -141,7 +141,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     program: str
     cpus: int
     recount: str = ""
-    unfinished_s: float = 0.0
+    died: tuple[str, ...] = ()
     skipped: dict[str, str] = {}
 
 

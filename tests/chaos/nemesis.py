@@ -94,9 +94,10 @@ class Nemesis:
         there = processes.of(part)
         if one.whom == "leader":
             there = [process for process in there if process.pid == self.watch.leader_pid]
-        if one.whom == "executor":
-            busy = self.watch.running()
-            there = [process for process in there if process.pid in busy] or there
+        if part in {"executor", "agent"}:
+            # Rather one that has something to lose.
+            busy = self.watch.busy()
+            there = [process for process in there if process.pid in busy or process.pid in busy.values()] or there
         if not there:
             return []
         victim = there[int(one.choice * len(there))]
@@ -149,7 +150,8 @@ class Nemesis:
             case "all":
                 return lambda _name: True, _pids(processes.of("agent")), "all links"
             case "agent":
-                nodes = sorted(self.watch.agents)
+                busy = self.watch.busy().values()
+                nodes = sorted(node for node, pid in self.watch.agents.items() if pid in busy) or sorted(self.watch.agents)
                 if not nodes:
                     return None, (), ""
                 node = nodes[int(one.choice * len(nodes))]

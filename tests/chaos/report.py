@@ -21,7 +21,14 @@ _WORDS: Final = {
     "unexplained": "ran again without a fault of their own agent, executor or store",
     "unexpected": "in the store, and submitted by nobody",
     "inconsistent": "counters and indexes of the store that do not add up",
+    "died": "processes that ended by themselves, and not because their disk was full",
 }
+
+
+_HOW_COUNTED: Final = (
+    "Tasks that ran again count under the fault that explains them: the one on their own agent or executor, else on the store. "
+    "Seconds are from the fault until the interrupted task ran again."
+)
 
 
 def _figure(value: object) -> int:
@@ -37,8 +44,7 @@ def table(verdict: Verdict) -> str:
         f"ends          {', '.join(f'{state} {count}' for state, count in verdict.ends.items())}",
         f"starts        {verdict.starts}, of which {verdict.reruns} again: {reruns}",
         f"faults        {sum(verdict.faults.values())}: {faults}",
-        f"calls         {verdict.calls}, of which {verdict.unknown_calls} without an answer that says what was done; "
-        f"{verdict.replays} replays",
+        f"calls         {verdict.calls}, of which {verdict.unknown_calls} without a useful answer; {verdict.replays} replays",
     ]
     if verdict.recovery:
         lines.append("recovery      from the fault until the interrupted task ran again: n, p50, p95, max in s")
@@ -56,12 +62,15 @@ def table(verdict: Verdict) -> str:
 
 def page(run: Run, verdict: Verdict, faults: list[Fault]) -> str:
     """For people who read it later."""
+    how = (
+        f"`make chaos SEED={run.seed} SECONDS={run.seconds:g}`, on {run.cpus} CPUs, with {run.program} as the store. "
+        f"{run.ended - run.began:.0f} s from the start of the load until the last task had ended; no fault in the last "
+        f"{run.heal_s:g} s of the load."
+    )
     lines = [
         "# Chaos report",
         "",
-        f"`make chaos SEED={run.seed} SECONDS={run.seconds:g}`, on {run.cpus} CPUs, with {run.program} as the store. "
-        f"{run.ended - run.began:.0f} s from the start of the load until the last task had ended; no fault in the last "
-        f"{run.heal_s:g} s of the load.",
+        how,
         "",
         "**" + ("FAILED: " + ", ".join(verdict.problems) if verdict.problems else "The promise holds.") + "**",
         "",
@@ -77,8 +86,7 @@ def page(run: Run, verdict: Verdict, faults: list[Fault]) -> str:
         "",
         "## Faults",
         "",
-        "Tasks that ran again count under the fault that explains them: the one on their own agent or executor, else on the "
-        "store. Seconds are from the fault until the interrupted task ran again.",
+        _HOW_COUNTED,
         "",
         "| fault | injected | tasks run again | p50 s | p95 s | max s |",
         "|---|---|---|---|---|---|",

@@ -1,6 +1,7 @@
 """One run: a cluster, its load, its faults, what is seen of it, and the verdict."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,9 @@ async def _run(seed: int, seconds: float, folder: Path, cluster: ChaosCluster, s
         async with asyncio.TaskGroup() as group:
             group.create_task(load.run(began + seconds - QUIET_S))
             group.create_task(nemesis.run(plan(seed, seconds, heal_s), began))
-        unfinished_s = await _drain(watch, began + seconds + DRAIN_S)
+        with contextlib.suppress(TimeoutError):  # what has not ended then is told by the checker
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + began + seconds + DRAIN_S - now()):
+                await _drain(watch)
     finally:
         telling.cancel()
         watching.cancel()
@@ -88,7 +91,7 @@ async def _run(seed: int, seconds: float, folder: Path, cluster: ChaosCluster, s
         program=cluster.program,
         cpus=os.cpu_count() or 1,
         recount=recount,
-        unfinished_s=unfinished_s,
+        died=cluster.died(),
         skipped=cluster.skipped,
     )
     (folder / history.RUN).write_bytes(msgspec.json.encode(done))
@@ -96,18 +99,13 @@ async def _run(seed: int, seconds: float, folder: Path, cluster: ChaosCluster, s
         writer.close()
 
 
-async def _drain(watch: Watch, deadline: float) -> float:
-    """Wait until every task has ended, seen twice in a row; 0, or after how many seconds it was given up."""
-    began = now()
+async def _drain(watch: Watch) -> None:
+    """Wait until every task has ended, by two looks in a row."""
     quiet = 0
     while quiet < 2:
-        if now() > deadline:
-            return now() - began
-        looked = watch.looks
-        while watch.looks == looked and now() < deadline:
-            await asyncio.sleep(0.05)
+        watch.looked.clear()
+        await watch.looked.wait()
         quiet = quiet + 1 if watch.live == 0 else 0
-    return 0.0
 
 
 async def _tell(began: float, load: Load, watch: Watch, nemesis: Nemesis, say: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
 """The checker on histories that were made up: each broken promise is told by its name, and nothing is told of a good run."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Past:
         self.ends = [TaskEnd("1-0", "t", "SUCCEEDED", 1)]
         self.rows = [Row(task="t", state="SUCCEEDED", key="k", attempt=1, result='{"key":"k","attempt":1}')]
         self.recount = ""
+        self.died: tuple[str, ...] = ()
 
     def again(self) -> None:
         """The task ran a second time."""
@@ -45,7 +47,7 @@ class Past:
             for line in lines:
                 writer.write(line)
             writer.close()
-        run = Run(seed=1, seconds=60, heal_s=15, began=0, ended=9, program="p", cpus=2, recount=self.recount)
+        run = Run(seed=1, seconds=60, heal_s=15, began=0, ended=9, program="p", cpus=2, recount=self.recount, died=self.died)
         (folder / history.RUN).write_bytes(msgspec.json.encode(run))
         verdict = check(folder)
         table(verdict)
@@ -122,6 +124,10 @@ def _does_not_add_up(past: Past) -> None:
     past.recount = "counts: 1, not 2"
 
 
+def _crashed(past: Past) -> None:
+    past.died = ("api ended with exit status 1",)
+
+
 def _ran_again(past: Past) -> None:
     past.again()
 
@@ -156,6 +162,7 @@ def _fault_after_the_rerun(past: Past) -> None:
         (_never_ran, "wrong"),
         (_submitted_by_nobody, "unexpected"),
         (_does_not_add_up, "inconsistent"),
+        (_crashed, "died"),
         (_ran_again, "unexplained"),
         (_fault_elsewhere, "unexplained"),
         (_fault_before_the_start, "unexplained"),
@@ -218,7 +225,7 @@ def test_the_same_seed_plans_the_same_faults_within_the_rules() -> None:
         assert planned == plan(seed, 300, 30)
         assert planned != plan(seed + 1, 300, 30)
         assert all(one.at_s + one.for_s <= 270.01 for one in planned)
-        gaps = [after.at_s - before.at_s for before, after in zip(planned, planned[1:], strict=False)]
+        gaps = [after.at_s - before.at_s for before, after in itertools.pairwise(planned)]
         assert min(gaps) >= GAP_S[0] - 0.01
         for one in planned:
             others = [other for other in planned if other.at_s <= one.at_s < other.at_s + other.for_s and other is not one]

@@ -16,8 +16,8 @@ import pytest
 
 from manager.core.errors import StoreUnavailable
 from manager.core.ids import new_id
-from manager.core.model import Claim, End, Submission, TaskSpec
 from manager.core.lifecycle import Outcome as EndedAs
+from manager.core.model import Claim, End, Submission, TaskSpec
 from manager.core.quantities import GIB
 from manager.core.shapes import Resources, shape_id, shape_of
 from manager.store import Store, StoreConnection
@@ -29,7 +29,7 @@ from tests.chaos.cluster import Unavailable, build_synced, install_program
 from tests.chaos.history import Call, Due, Fault, Note, Outcome, Run, Writer, now
 from tests.chaos.store_program import CUT
 from tests.chaos.witnesses import Watch, dump_store
-from tests.contract.store_harness import Lab, info
+from tests.contract.store_harness import Lab
 
 WRITE_S = 1.6
 """Longer than the second for which `everysec` may keep a write from the disk."""

@@ -37,7 +37,7 @@ class Watch:
         agents: node → pid of its agent.
         counts: tasks by state.
         ended: how many ends were told.
-        looks: how often it has seen everything.
+        looked: set after each look at everything.
     """
 
     def __init__(self, url: Callable[[], str], witness: Path, ends: Writer) -> None:
@@ -45,7 +45,7 @@ class Watch:
         self.agents: dict[str, int] = {}
         self.counts: dict[str, int] = {}
         self.ended = 0
-        self.looks = 0
+        self.looked = asyncio.Event()
         self._url = url
         self._witness = witness
         self._ends = ends
@@ -79,7 +79,7 @@ class Watch:
             if info:
                 agents[name] = json.loads(info)["pid"]
         self.agents = agents
-        self.looks += 1
+        self.looked.set()
 
     async def _read_ends(self, connection: StoreConnection) -> int:
         entries = await connection.call("XRANGE", self._keys.events, self._after, "+", "COUNT", PAGE)
@@ -95,19 +95,16 @@ class Watch:
         """Tasks that have not ended."""
         return sum(self.counts.get(state, 0) for state in LIVE)
 
-    def running(self) -> set[int]:
-        """Executors that are in a task now, by what the newest tasks have written."""
+    def busy(self) -> dict[int, int]:
+        """Executors that are in a task now, each with its agent, by what the newest tasks have written."""
         try:
             with self._witness.open("rb") as file:
                 file.seek(max(0, self._witness.stat().st_size - TAIL_BYTES))
                 lines = file.read().split(b"\n")[1:-1]
         except FileNotFoundError:
-            return set()
-        busy: dict[int, bool] = {}
-        for line in lines:
-            note = _decode_note(line)
-            busy[note.pid] = note.event == "start"
-        return {pid for pid, runs in busy.items() if runs}
+            return {}
+        newest = {note.pid: note for note in map(_decode_note, lines)}
+        return {pid: note.agent for pid, note in newest.items() if note.event == "start"}
 
 
 async def dump_store(url: str, rows: Writer) -> str:

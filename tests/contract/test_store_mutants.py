@@ -12,7 +12,7 @@ from _pytest.outcomes import Failed
 
 from manager.core.lifecycle import Cordon, Outcome, SlotFlag
 from manager.core.quantities import GIB
-from manager.store.store import library_source
+from manager.store.schema import library_source
 from tests.contract import test_store_leader as leader
 from tests.contract import test_store_lifecycle as lifecycle
 from tests.contract import test_store_memory as memory

@@ -245,7 +245,7 @@ class Walk:
         claim = held.claims.pop(task_id, None)
         if claim is not None:
             payload = f'"{task_id}/{claim.attempt}"'.encode()
-            if outcome in (Outcome.FAILED, Outcome.CRASHED):
+            if outcome in (Outcome.FAILED, Outcome.FAILED_FOR_GOOD, Outcome.OUT_OF_MEMORY, Outcome.CRASHED):
                 payload = b'{"type":"E","message":"%d"}' % claim.attempt
             age = None if outcome is Outcome.RETURNED else 0.01
             chance = self.rng.choice((0.0, 0.0, 0.9))
@@ -259,7 +259,7 @@ class Walk:
         agent, held = self.rng.choice(busy)
         for task_id in list(held.claims):
             if self.rng.random() < 0.6:
-                self.finish_one(held, task_id, self.rng.choices(list(Outcome), (12, 4, 1, 1, 1, 3, 2))[0])
+                self.finish_one(held, task_id, self.rng.choices(list(Outcome), (12, 4, 1, 1, 1, 1, 1, 3, 2))[0])
         n = 0 if held.claims else self.rng.choice((1, 1, 4))
         ends = tuple(held.ends)
         reply, arrives = await self.call(lambda: self.next(agent, held.slot, n, ends))

@@ -19,7 +19,7 @@ import uvloop
 
 from manager.core.wire import Batch, Call, Done, decode_failure
 from manager.settings import FunctionSettings
-from plugins.node.executors import Executor, ExecutorStartError, Exit, Pulse, describe, scrubbed_environment
+from plugins.node.executors import Executor, ExecutorStartError, Exit, Output, Pulse, describe, scrubbed_environment
 from plugins.node.registry import described, load_functions
 
 pytestmark = pytest.mark.integration
@@ -60,9 +60,15 @@ def call(function: str, number: int = 0, **args) -> Call:
 
 class Answer(msgspec.Struct):
     done: Done
-    stdout: bytes
-    stderr: bytes
-    dropped: int
+    output: Output
+
+    @property
+    def stdout(self):
+        return self.output.stdout
+
+    @property
+    def stderr(self):
+        return self.output.stderr
 
     @property
     def value(self):
@@ -155,7 +161,7 @@ class TestCalls:
     async def test_echo(self, node):
         answer = await node.one("echo", x=[1, {"y": None}], text="é")
         assert answer.value == {"x": [1, {"y": None}], "text": "é"}
-        assert (answer.stdout, answer.stderr, answer.dropped) == (b"", b"", 0)
+        assert answer.output == Output(b"", b"")
         assert answer.done.duration_s < 1
         assert answer.done.load_s > 0
         assert (await node.one("echo")).done.load_s == 0
@@ -176,7 +182,7 @@ class TestCalls:
         assert (await node.one("coroutine", x=1)).value == 2
 
     async def test_large_arguments_and_results_pass(self, node):
-        executor = await node.start(result_bytes_max=2_000_000)
+        executor = await node.start(inline_bytes_max=2_000_000)
         answers = await node.run(executor, *(call("echo", number, x="x" * 300_000) for number in range(16)))
         assert all(len(answer.value["x"]) == 300_000 for answer in answers)
 
@@ -315,8 +321,8 @@ class TestOutput:
         flood, after = await node.run(executor, call("flood", 1, size=size), call("say", 2, out="next"))
         assert flood.stdout.endswith(b"0\nthe end")
         assert len(flood.stdout) == 1000
-        assert flood.dropped == size + 7 - 1000
-        assert (after.stdout, after.dropped) == (b"next", 0)
+        assert flood.output.stdout_dropped == size + 7 - 1000
+        assert after.output == Output(b"next", b"")
 
     async def test_what_a_running_task_has_written_can_be_seen(self, node, tmp_path):
         executor = await node.start()

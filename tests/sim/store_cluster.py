@@ -6,7 +6,6 @@ executors' logic; only their connections, their executors' processes and Dask ar
 
 import asyncio
 import random
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +175,7 @@ class SimDask:
         self.mix = None
         self._known: dict[str, SlotOnDask] = {}
         self._at: dict[str, SimAgent] = {}
+        self._needs: dict[str, Resources] = {}
 
     async def _answers(self) -> None:
         await asyncio.sleep(0.002)
@@ -186,9 +186,11 @@ class SimDask:
         await self._answers()
         if slot_id not in self._known or self._known[slot_id].state == "leased":
             self._known[slot_id] = SlotOnDask("placing", node)
-            self.process.spawn(self._place(slot_id, node, resources or shape.resources))
+            self._needs[slot_id] = resources or shape.resources
+            self.process.spawn(self._place(slot_id, node))
 
-    async def _place(self, slot_id: str, node: str, needs: Resources) -> None:
+    async def _place(self, slot_id: str, node: str) -> None:
+        needs = self._needs[slot_id]
         while slot_id in self._known:
             there = [agent for agent in self.agents() if agent.placeable and (not node or agent.node == node)]
             fits = [(agent, grant) for agent in there if (grant := self._fit(agent, slot_id, needs)) is not None]
@@ -256,7 +258,7 @@ class SimDask:
             if at is agent:
                 del self._at[slot_id]
                 self._known[slot_id] = SlotOnDask("placing", "")
-                self.process.spawn(self._place(slot_id, "", Resources(memory_bytes=GIB)))
+                self.process.spawn(self._place(slot_id, ""))
 
 
 # --- controllers --------------------------------------------------------------------------------------------------
@@ -288,10 +290,4 @@ class SimController:
     @property
     def leads(self) -> bool:
         return self.controller is not None and self.controller.leadership.leads
-
-
-def scratch() -> Path:
-    """A folder for what agents write; nothing of it matters."""
-    return Path(tempfile.mkdtemp(prefix="rocyard-sim-"))
-
 

@@ -130,7 +130,7 @@ class SimExecutor:
 
     def _answer(self, done: wire.Done) -> None:
         self._calls.popleft()
-        self._on_done(done, b"", b"", 0)
+        self._on_done(done, NOTHING)
 
     def _end(self, returncode: int) -> None:
         started = self._calls.popleft() if self.started_at_s is not None else None

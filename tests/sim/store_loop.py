@@ -31,15 +31,12 @@ class Process:
         self.frozen = False
         self.dead = False
         self.parked: list[SimHandle] = []
-        self.tasks: list[asyncio.Task[Any]] = []
         self.context = contextvars.Context()
         self.context.run(CURRENT.set, self)
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start a task of this process."""
-        task = self.loop.create_task(coroutine, context=self.context.copy())
-        self.tasks.append(task)
-        return task
+        return self.loop.create_task(coroutine, context=self.context.copy())
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
         """Have it called by this process, once it can."""
@@ -82,6 +79,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.now_s = 1000.0
         self.ready: deque[SimHandle] = deque()
         self.errors: list[BaseException] = []
+        self.tasks: list[asyncio.Task[Any]] = []  # none may vanish with a process that was killed: it would clean up behind it
         self.steps = 0
         self._timers: list[tuple[float, int, SimHandle]] = []
         self._numbers = itertools.count()
@@ -111,7 +109,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> asyncio.Task[Any]:
-        return asyncio.Task(coro, loop=self, name=name, context=context)
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
+        self.tasks.append(task)
+        return task
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         future = self.create_future()
@@ -132,6 +132,21 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.errors.append(context.get("exception") or RuntimeError(context["message"]))
+
+    def close(self) -> None:
+        """Cancel whatever waits, in processes that were killed too, until nothing does."""
+        for _ in range(20):
+            waiting = [task for task in self.tasks if not task.done()]
+            if not waiting:
+                return
+            for task in waiting:
+                task.cancel()
+            while not all(task.done() for task in waiting):
+                try:
+                    if not self.run_until(lambda: all(task.done() for task in waiting), 10.0):  # noqa: B023
+                        break
+                except BaseException:  # noqa: BLE001, S112  # what ends here is not judged
+                    continue
 
     # --- running --------------------------------------------------------------------------------------------------
 

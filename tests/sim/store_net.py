@@ -64,6 +64,7 @@ class Network:
         self.weather = CALM
         self.down_until_s = 0.0
         self.closed = False
+        self.welcome: Callable[[tuple[Any, ...]], bool] = lambda _call: True
         self.cut: set[str] = set()  # processes that do not reach the store
         self._waiting: set[asyncio.Future[Any]] = set()
         self._listeners: list[_Listener] = []
@@ -112,6 +113,8 @@ class Network:
         if self.closed or self.down:
             if future is not None:
                 _fail(future)
+            return
+        if not self.welcome(args):
             return
         reply, said = self.store.run(self.now_ms(), args)
         if args[0] == "FCALL":

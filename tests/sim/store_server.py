@@ -6,14 +6,18 @@ kept in a list, which comes back with the answer; and what the server would choo
 
 import re
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hiredis
 from redis.connection import parse_url
 
-from manager.core.keys import Keys
 from manager.store.connection import StoreReplyError
-from manager.store.store import library_source
+from manager.store.schema import library_source
+from tests.contract.store_harness import FAST, StoreServer
 
 _PREFACE = """
 local function sim_call(command, ...)
@@ -60,11 +64,11 @@ def simulated_library(source: str = "") -> str:
 class SimStore:
     """One connection to the server; every call is answered before the next one is made."""
 
-    def __init__(self, url: str) -> None:
-        options = parse_url(url)
+    def __init__(self, url: str, path: str) -> None:
+        options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(30)
-        self.socket.connect(options["path"])
+        self.socket.connect(path)
         self._reader = hiredis.Reader(replyError=StoreReplyError)
         if options.get("password"):
             self.call("AUTH", options.get("username") or "default", options["password"])
@@ -116,9 +120,21 @@ class SimStore:
         return replies
 
 
+@contextmanager
+def simulated_store() -> Iterator[SimStore]:
+    """A server of its own on a unix socket, and the connection to it; skips where there is no redis-server, unless in CI."""
+    with tempfile.TemporaryDirectory(prefix="rocyard-sim-store-") as folder:
+        path = f"{folder}/socket"
+        server = StoreServer(Path(folder) / "data", "redis", *FAST, f"unixsocket {path}", "unixsocketperm 700").start()
+        try:
+            store = SimStore(server.url, path)
+            try:
+                yield store
+            finally:
+                store.close()
+        finally:
+            server.kill()
+
+
 _TAKE = hiredis.pack_command(("LPOP", "sim:said", 10_000))
 
-
-def prefix() -> str:
-    """The prefix of all keys."""
-    return Keys().prefix

@@ -213,24 +213,24 @@ class TestResult:
         ],
     )
     def test_has_a_json_form(self, value, json):
-        assert executor_target.encode_result(value, 1000) == json
+        assert executor_target.encode_result(value, 1000, 1000, filed=False) == json
         msgspec.json.decode(json)
 
     @pytest.mark.parametrize("value", [object(), Opaque, lambda: 1, (n for n in "ab"), "\ud800", {(1, 2): 3}, 1j])
     def test_what_has_none_is_named_with_the_remedy(self, value):
         with pytest.raises(executor_target.ResultNotSerialisable, match=f"{type(value).__name__}.*return numbers"):
-            executor_target.encode_result(value, 1000)
+            executor_target.encode_result(value, 1000, 1000, filed=False)
 
     def test_what_holds_itself_is_refused(self):
         loop: list[Any] = []
         loop.append(loop)
         with pytest.raises(executor_target.ResultNotSerialisable):
-            executor_target.encode_result(loop, 1000)
+            executor_target.encode_result(loop, 1000, 1000, filed=False)
 
     def test_a_result_over_the_limit_is_refused(self):
-        assert len(executor_target.encode_result("x" * 98, 100)) == 100
-        with pytest.raises(executor_target.ResultTooLarge, match=r"101 bytes .* limit is 100: write it to a file"):
-            executor_target.encode_result("x" * 99, 100)
+        assert len(executor_target.encode_result("x" * 98, 100, 100, filed=False)) == 100
+        with pytest.raises(executor_target.ResultTooLarge, match=r"101 bytes .* limit is 100 \(tasks.result_bytes_max\): write it to a file"):
+            executor_target.encode_result("x" * 99, 1000, 100, filed=True)
 
 
 class Awkward(Exception):
@@ -248,7 +248,7 @@ def failure_of(error):
 class TestFailure:
     def test_name_message_and_traceback(self):
         secret = "hidden in a local variable"  # noqa: F841
-        name, message, trace = failure_of(ValueError("no good"))
+        name, message, trace, _ = failure_of(ValueError("no good"))
         assert (name, message) == ("ValueError", "no good")
         assert trace.startswith("Traceback (most recent call last):")
         assert trace.endswith("ValueError: no good\n")
@@ -258,11 +258,11 @@ class TestFailure:
         def deep(levels: int):
             return deep(levels - 1) if levels else 1 / 0
 
-        _, message, _ = failure_of(ValueError("x" * 10_000))
+        _, message, *_ = failure_of(ValueError("x" * 10_000))
         assert len(message) == executor_target.MESSAGE_CHARS_MAX
         with pytest.raises(ZeroDivisionError) as caught:
             deep(500)
-        _, _, trace = executor_target.failure_of(caught.value, frames_skipped=0)
+        _, _, trace, _ = executor_target.failure_of(caught.value, frames_skipped=0)
         assert len(trace) <= executor_target.TRACEBACK_CHARS_MAX
         assert trace.endswith("ZeroDivisionError: division by zero\n")
 
@@ -273,7 +273,7 @@ class TestFailure:
         assert failure_of(Awkward())[:2] == ("Awkward", "its text cannot be shown: str() raised RuntimeError")
 
     def test_text_that_has_no_utf8_form_is_escaped(self):
-        name, message, trace = failure_of(ValueError("\ud800"))
+        name, message, trace, _ = failure_of(ValueError("\ud800"))
         assert message == "\\ud800"
         msgspec.json.encode([name, message, trace])
 

@@ -11,7 +11,7 @@ from manager.core.model import DeviceUse, NodeInfo, TaskSpec
 from manager.core.quantities import GIB
 from manager.core.shapes import Grant, Resources, Shape, encode_shape
 from manager.store import rows
-from manager.store.store import library_source
+from manager.store.schema import library_source
 
 LIBRARY = library_source()
 SPEC = TaskSpec("echo", msgspec.Raw(b'{"x":1}'), Resources(memory_bytes=GIB))

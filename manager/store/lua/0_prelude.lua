@@ -94,6 +94,7 @@ local function enqueue(p, id, task, now)
   if task.state == 'RUNNING' then redis.call('HDEL', p .. 't:' .. id, 'progress', 'message') end
   redis.call('ZADD', p .. 'q:' .. task.shape, task.score, id)
   redis.call('SADD', p .. 'active', task.shape)
+  if task.oom == '1' then redis.call('HSET', p .. 'sh:' .. task.shape, 'oom', '1') end
   count_move(p, task.state, 'QUEUED')
   return 'QUEUED'
 end
@@ -114,12 +115,18 @@ local function infrastructure_error(losses)
     message = 'the task lost its executor, agent or node ' .. losses .. ' times; it was not at fault, but is not tried again' })
 end
 
+-- The beginning of a text, of whole characters.
+local function cut(text, bytes)
+  if #text <= bytes then return text end
+  return (string.gsub(string.sub(text, 1, bytes), '[\192-\255][\128-\191]*$', ''))
+end
+
 -- An attempt has ended, and its task goes on: the record keeps where it was, when, and why it ended.
 local function note_try(p, id, task, why, message, now)
   local key, attempt = p .. 't:' .. id, tonumber(task.attempt)
   redis.call('HSET', key, 'try:' .. attempt, cjson.encode({ node = task.node, slot = task.slot,
     claimed_ms = tonumber(task.claimed) or 0, started_ms = tonumber(task.started) or 0, ended_ms = now, why = why,
-    message = string.sub(message, 1, TRY_MESSAGE_BYTES) }))
+    message = cut(message, TRY_MESSAGE_BYTES) }))
   if attempt > TRIES_MAX then redis.call('HDEL', key, 'try:' .. (attempt - TRIES_MAX)) end
 end
 
@@ -138,11 +145,11 @@ end
 -- An attempt ends without having been at fault: requeue, with a cap, or cancel where that was asked.
 local function give_back(p, id, task, counted, why, now)
   if task.cancel ~= '' then return end_as_asked(p, id, task, now) end
-  note_try(p, id, task, why, '', now)
   if counted then
     local losses = redis.call('HINCRBY', p .. 't:' .. id, 'losses', 1)
     if losses >= LOSSES_MAX then return finalise(p, id, task, 'FAILED', '', infrastructure_error(losses), now) end
   end
+  note_try(p, id, task, why, '', now)
   return enqueue(p, id, task, now)
 end
 

@@ -1,14 +1,15 @@
 -- Submission, claims, ends, cancellation.
 
 local KEPT_MS = 24 * 3600 * SECOND -- how long an idempotency key holds
-local EXPANDED_MAX = 500            -- tasks of an array that come into being in one call
+local EXPANDED_MAX = 500            -- tasks of arrays that come into being in one call
+local LATE_MAX = 500                -- tasks whose time was up that one claim passes by
 
 -- The owner of the first of these ids that exists, as a task or an array; nil where none does.
 local function owner_of_any(p, args, first)
   local names = {}
   for i = first, #args, 7 do
     names[#names + 1] = p .. 't:' .. args[i]
-    names[#names + 1] = p .. 'a:' .. args[i]
+    if args[i + 6] ~= '' then names[#names + 1] = p .. 'a:' .. args[i] end
   end
   if redis.call('EXISTS', unpack(names)) == 0 then return nil end
   for _, name in ipairs(names) do
@@ -44,11 +45,23 @@ local function known_by_key(p, tenant, key, digest, now)
   return replay(p, ids)
 end
 
+-- Forgets keys that hold no longer.
+local function forget_keys(p, before, most)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', p .. 'iks', '-inf', '(' .. before, 'LIMIT', 0, most)) do
+    local tenant, key = string.match(member, '^(%S+) (%S+)$')
+    redis.call('ZREM', p .. 'iks', member)
+    redis.call('HDEL', p .. 'ik:' .. tenant, key)
+  end
+end
+
 -- What names say that are taken: all of them are, by the same requests, or the submission is refused.
 local function known_by_names(p, tenant, tasks)
-  local ids, taken = {}, nil
+  local ids, taken, here = {}, nil, {}
   for _, task in ipairs(tasks) do
-    local said = task.more.name and redis.call('HGET', p .. 'nm:' .. tenant, task.more.name)
+    local name = task.more.name
+    if name and here[name] then return { 'CONFLICT', 'name', name } end
+    if name then here[name] = true end
+    local said = name and redis.call('HGET', p .. 'nm:' .. tenant, name)
     if said then
       local id, digest = string.match(said, '^(%S+) (%S*)$')
       taken = taken or task.more.name
@@ -69,6 +82,7 @@ local function unknown_parent(p, tenant, tasks)
         and redis.call('HGET', p .. 'a:' .. parent, 'tenant') ~= tenant then
         return parent
       end
+      here[parent] = true
     end
     here[task.id] = true
   end
@@ -96,8 +110,8 @@ local function create(p, tenant, task, sequence, now)
   local key, more = p .. 't:' .. task.id, task.more
   local score = string.format('%.0f', task.offset + sequence)
   redis.call('HSET', key, 'state', 'QUEUED', 'tenant', tenant, 'shape', task.shape, 'score', score, 'sequence', sequence,
-    'max_attempts', task.max_attempts, 'function', task.name, 'spec', task.spec, 'attempt', 0, 'created', task.created or now,
-    'queued', now)
+    'max_attempts', task.max_attempts, 'function', task.name, 'attempt', 0, 'created', task.created or now, 'queued', now,
+    task.array and 'array' or 'spec', task.array or task.spec)
   redis.call('ZADD', p .. 'tt:' .. tenant, sequence, task.id)
   redis.call('ZADD', p .. 'ta:' .. tenant, sequence, task.id)
   if task.plain then
@@ -105,7 +119,11 @@ local function create(p, tenant, task, sequence, now)
     count_move(p, nil, 'QUEUED')
     return 'QUEUED'
   end
-  if task.array then redis.call('HSET', key, 'array', task.array, 'index', task.index) end
+  if task.array then -- which has the spec of all its tasks, and the name
+    redis.call('HSET', key, 'index', task.index)
+  elseif more.name then
+    redis.call('HSET', key, 'name', more.name)
+  end
   if more.run then redis.call('HSET', key, 'run', '1') end
   local start_by, end_by = tonumber(more.start_by), tonumber(more.end_by)
   if start_by then redis.call('HSET', key, 'start_by', string.format('%.0f', start_by)) end
@@ -127,6 +145,7 @@ local function create(p, tenant, task, sequence, now)
 end
 
 local DIGITS = '0123456789abcdefghjkmnpqrstvwxyz'
+local NO_INDEX = '0000'
 
 -- The id of one task of an array, as manager/core/ids.py makes it.
 local function id_in_array(array, index)
@@ -138,22 +157,26 @@ local function id_in_array(array, index)
   return string.sub(array, 1, -5) .. digits
 end
 
+local function array_of(id)
+  return string.sub(id, 1, -5) .. NO_INDEX
+end
+
 -- Gives up to `most` more tasks of an array their records; returns how many. The array has all it needs, so anybody may.
 local function expand_array(p, array, most, now)
   local key = p .. 'a:' .. array
-  local said = redis.call('HMGET', key, 'tenant', 'shape', 'offset', 'max_attempts', 'function', 'spec', 'more', 'sequence',
-    'count', 'made', 'created')
+  local said = redis.call('HMGET', key, 'tenant', 'shape', 'offset', 'max_attempts', 'function', 'more', 'sequence', 'count',
+    'made', 'created')
   if not said[1] then
     redis.call('SREM', p .. 'ao', array)
     return 0
   end
-  local count, made = tonumber(said[9]), tonumber(said[10])
+  local count, made = tonumber(said[8]), tonumber(said[9])
   local last = math.min(count, made + most)
-  local arrived, more = 0, cjson.decode(said[7])
+  local arrived, more = 0, cjson.decode(said[6])
   for index = made, last - 1 do
     local state = create(p, said[1], { id = id_in_array(array, index), shape = said[2], offset = tonumber(said[3]),
-      max_attempts = said[4], name = said[5], spec = said[6], more = more, array = array, index = index,
-      created = said[11] }, tonumber(said[8]) + index, now)
+      max_attempts = said[4], name = said[5], more = more, array = array, index = index,
+      created = said[10] }, tonumber(said[7]) + index, now)
     if state == 'QUEUED' then arrived = arrived + 1 end
   end
   redis.call('HSET', key, 'made', last)
@@ -165,12 +188,13 @@ local function expand_array(p, array, most, now)
   return last - made
 end
 
--- Writes an array; its first tasks come into being with it, the others are made by who expands it.
+-- Writes an array, of which the tasks are made by who expands it.
 local function create_array(p, tenant, task, sequence, now)
   local more = task.more
   redis.call('HSET', p .. 'a:' .. task.id, 'tenant', tenant, 'shape', task.shape, 'offset', string.format('%.0f', task.offset),
     'max_attempts', task.max_attempts, 'function', task.name, 'spec', task.spec, 'more', cjson.encode(more),
     'sequence', sequence, 'count', more.count, 'made', 0, 'left', more.count, 'kept', more.count, 'created', now)
+  if more.name then redis.call('HSET', p .. 'a:' .. task.id, 'name', more.name) end
   redis.call('ZADD', p .. 'ar:' .. tenant, sequence, task.id)
   redis.call('SADD', p .. 'ao', task.id)
 end
@@ -224,7 +248,7 @@ local function submit(keys, args)
   redis.call('HINCRBY', p .. 'tn:' .. tenant, 'active', count) -- before an end can take one away
   redis.call('SADD', p .. 'tenants', tenant)
   local sequence = redis.call('HINCRBY', p .. 'meta', 'sequence', count) - count
-  local arrived, reply, ids = {}, { 'OK' }, {}
+  local arrived, reply, ids, room = {}, { 'OK' }, {}, EXPANDED_MAX
   for i, task in ipairs(tasks) do
     sequence = sequence + 1
     ids[i] = task.id
@@ -232,8 +256,8 @@ local function submit(keys, args)
     if task.more.count then
       create_array(p, tenant, task, sequence, now)
       sequence = sequence + task.more.count - 1
-      expand_array(p, task.id, EXPANDED_MAX, now)
-      reply[i + 1] = 'QUEUED'
+      if room > 0 then room = room - expand_array(p, task.id, room, now) end
+      reply[i + 1] = status_of(p, task.id)
     else
       local state = create(p, tenant, task, sequence, now)
       if state == 'QUEUED' then arrived[task.shape] = (arrived[task.shape] or 0) + 1 end
@@ -243,6 +267,7 @@ local function submit(keys, args)
   if key ~= '' then
     redis.call('HSET', p .. 'ik:' .. tenant, key, now .. ' ' .. digest .. ' ' .. table.concat(ids, ','))
     redis.call('ZADD', p .. 'iks', now, tenant .. ' ' .. key)
+    forget_keys(p, now - KEPT_MS, 2) -- two go for each that comes: they never become more, whatever the pace
   end
   for i = at, first - 1, 2 do work_arrived(p, args[i], arrived[args[i]] or 0) end
   if not plain then release(p, TOLD_MAX, now) end
@@ -328,7 +353,7 @@ local function finish(p, slot, node, flag, id, attempt, outcome, payload, age_ms
   end
   if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now, extra) end
   if task.cancel ~= '' then return end_as_asked(p, id, task, now) end
-  if outcome == 'O' and task.oom ~= '1' then
+  if outcome == 'O' and task.oom ~= '1' and extra ~= '' then
     note_failure(p, id, task, payload, now)
     return with_more_room(p, id, task, payload, extra, now)
   end
@@ -366,11 +391,11 @@ local CLAIMED = 5 -- values of one claim in a reply
 local CLAIM_FIELDS = { 'state', 'slot', 'attempt', 'alone', 'spec', 'index', 'checkpoint', 'oom', 'start_by', 'end_by' }
 
 -- id, attempt, "1" where it must run alone, spec, and "" or JSON of what else its agent should know.
-local function claim_reply(claims, id, attempt, said)
+local function claim_reply(p, claims, id, attempt, said)
   claims[#claims + 1] = id
   claims[#claims + 1] = attempt
   claims[#claims + 1] = said[4] or ''
-  claims[#claims + 1] = said[5]
+  claims[#claims + 1] = said[5] or redis.call('HGET', p .. 'a:' .. array_of(id), 'spec')
   local more = ''
   if said[6] or said[7] or said[8] then
     more = cjson.encode({ index = tonumber(said[6] or ''), checkpoint = said[7] or nil, more_memory = said[8] == '1' or nil })
@@ -390,27 +415,30 @@ end
 
 -- Takes up to n tasks of the shape, in order, and says which score the first had. A task that must run alone comes alone.
 local function claim(p, slot, node, shape, n, now)
-  local claims, first = {}, nil
-  local popped = redis.call('ZPOPMIN', p .. 'q:' .. shape, n)
-  local enough = false
-  for i = 1, #popped, 2 do
-    local id = popped[i]
-    local key = p .. 't:' .. id
-    local task = redis.call('HMGET', key, unpack(CLAIM_FIELDS))
-    local alone = task[4] == '1'
-    enough = enough or (alone and #claims > 0)
-    if enough then
-      redis.call('ZADD', p .. 'q:' .. shape, popped[i + 1], id)
-    elseif task[1] == 'QUEUED' and not too_late(p, id, task[9], task[10], now) then
-      enough = alone
-      local attempt = redis.call('HINCRBY', key, 'attempt', 1)
-      redis.call('HSET', key, 'state', 'RUNNING', 'slot', slot, 'node', node, 'claimed', now)
-      redis.call('SADD', p .. 'run:' .. slot, id)
-      first = first or string.format('%.0f', tonumber(popped[i + 1]))
-      claim_reply(claims, id, attempt, task)
+  local claims, first, taken, looked, enough = {}, nil, 0, 0, false
+  repeat
+    local wanted = n - taken
+    local popped = redis.call('ZPOPMIN', p .. 'q:' .. shape, wanted)
+    for i = 1, #popped, 2 do
+      local id = popped[i]
+      local key = p .. 't:' .. id
+      local task = redis.call('HMGET', key, unpack(CLAIM_FIELDS))
+      local alone = task[4] == '1'
+      enough = enough or (alone and taken > 0)
+      if enough then
+        redis.call('ZADD', p .. 'q:' .. shape, popped[i + 1], id)
+      elseif task[1] == 'QUEUED' and not too_late(p, id, task[9], task[10], now) then
+        enough = alone
+        taken = taken + 1
+        local attempt = redis.call('HINCRBY', key, 'attempt', 1)
+        redis.call('HSET', key, 'state', 'RUNNING', 'slot', slot, 'node', node, 'claimed', now)
+        redis.call('SADD', p .. 'run:' .. slot, id)
+        first = first or string.format('%.0f', tonumber(popped[i + 1]))
+        claim_reply(p, claims, id, attempt, task)
+      end
     end
-  end
-  local taken = #claims / CLAIMED
+    looked = looked + #popped / 2
+  until enough or taken == n or #popped < 2 * wanted or looked >= LATE_MAX
   if taken > 0 then
     redis.call('HINCRBY', p .. 'counts', 'QUEUED', -taken)
     redis.call('HINCRBY', p .. 'counts', 'RUNNING', taken)
@@ -424,7 +452,7 @@ local function redeliver(p, slot)
   for _, id in ipairs(redis.call('SMEMBERS', p .. 'run:' .. slot)) do
     local task = redis.call('HMGET', p .. 't:' .. id, unpack(CLAIM_FIELDS))
     if task[1] == 'RUNNING' and task[2] == slot then
-      claim_reply(claims, id, tonumber(task[3]), task)
+      claim_reply(p, claims, id, tonumber(task[3]), task)
     else
       redis.call('SREM', p .. 'run:' .. slot, id)
     end
@@ -586,8 +614,9 @@ local function started(keys, args)
   return count
 end
 
--- id, attempt, stdout, stderr, bytes dropped: what the attempt has written so far. Kept only while the attempt is the
--- newest, and only if it is not less than what is kept: a repeat may come after its successor.
+-- id, attempt, stdout, stderr, bytes dropped of both, and of these of stderr (which an older agent does not say): what the
+-- attempt has written so far. Kept only while the attempt is the newest, and only if it is not less than what is kept: a
+-- repeat may come after its successor.
 local function keep_log(keys, args)
   local p, id = keys[1], args[1]
   if redis.call('HGET', p .. 't:' .. id, 'attempt') ~= args[2] then return 0 end
@@ -597,7 +626,8 @@ local function keep_log(keys, args)
     local bytes = redis.call('HSTRLEN', key, 'stdout') + redis.call('HSTRLEN', key, 'stderr') + tonumber(kept[2])
     if #args[3] + #args[4] + tonumber(args[5]) < bytes then return 0 end
   end
-  redis.call('HSET', key, 'attempt', args[2], 'stdout', args[3], 'stderr', args[4], 'dropped', args[5])
+  redis.call('HSET', key, 'attempt', args[2], 'stdout', args[3], 'stderr', args[4], 'dropped', args[5],
+    'err_dropped', args[6] or 0)
   return 1
 end
 
@@ -652,9 +682,10 @@ local function cancel_array(keys, args)
   local p, array, from, most = keys[1], args[1], tonumber(args[3]), tonumber(args[4])
   local said = redis.call('HMGET', p .. 'a:' .. array, 'tenant', 'count', 'made')
   if not said[1] or (args[2] ~= '' and said[1] ~= args[2]) then return nil end
-  local now, ended, told = now_ms(), 0, 0
+  local now, ended, told, made = now_ms(), 0, 0, tonumber(said[3])
   local last = math.min(tonumber(said[2]), from + most)
-  if tonumber(said[3]) < last then expand_array(p, array, last - tonumber(said[3]), now) end
+  if made < last then last = math.min(last, made + expand_array(p, array, math.min(last - made, most), now)) end
+  last = math.max(last, from)
   for index = from, last - 1 do
     local id = id_in_array(array, index)
     local task = load_task(p, id)
@@ -731,20 +762,26 @@ local function expand(keys, args)
   return redis.call('SCARD', p .. 'ao')
 end
 
+local REFUSE_SCAN_MAX = 5000 -- tasks of a queue that are looked at in one call; those that asked for so much themselves stay
+
 -- token, shape, limit: no node that is known, or could be added, can ever hold that shape: its tasks that are there since a
 -- smaller one ran out of memory fail with what they said then. Returns how many.
 local function refuse(keys, args)
   local p, shape, failed = keys[1], args[2], 0
   if not leads(p, args[1]) then return -1 end
-  local now = now_ms()
-  for _, id in ipairs(redis.call('ZRANGE', p .. 'q:' .. shape, 0, tonumber(args[3]) - 1)) do
-    local task = load_task(p, id)
-    if task and task.state == 'QUEUED' and task.oom == '1' then
+  local now, most = now_ms(), tonumber(args[3])
+  for _, id in ipairs(redis.call('ZRANGE', p .. 'q:' .. shape, 0, REFUSE_SCAN_MAX - 1)) do
+    if failed == most then break end
+    local task = redis.call('HGET', p .. 't:' .. id, 'oom') == '1' and load_task(p, id)
+    if task and task.state == 'QUEUED' then
       redis.call('ZREM', p .. 'q:' .. shape, id)
       redis.call('HINCRBY', p .. 't:' .. id, 'failures', 1)
       finalise(p, id, task, 'FAILED', '', redis.call('HGET', p .. 't:' .. id, 'error') or '', now)
       failed = failed + 1
     end
+  end
+  if failed < most and redis.call('ZCARD', p .. 'q:' .. shape) < REFUSE_SCAN_MAX then
+    redis.call('HDEL', p .. 'sh:' .. shape, 'oom') -- one that comes back into the queue sets it again
   end
   release(p, TOLD_MAX, now)
   return failed

@@ -456,41 +456,42 @@ local function sweep_nodes(p, before)
   end
 end
 
--- Its name is free again, unless another task has it by now.
-local function free_name(p, tenant, spec, id)
-  local name = string.find(spec, '"name":', 1, true) and cjson.decode(spec).name
-  if not name then return end
-  local said = redis.call('HGET', p .. 'nm:' .. tenant, name)
-  if said and string.match(said, '^%S+') == id then redis.call('HDEL', p .. 'nm:' .. tenant, name) end
-end
-
 -- An array goes with the last of its tasks.
 local function leave_array(p, tenant, array)
   local key = p .. 'a:' .. array
   if redis.call('HINCRBY', key, 'kept', -1) > 0 then return end
-  free_name(p, tenant, redis.call('HGET', key, 'spec') or '', array)
+  local name = redis.call('HGET', key, 'name')
+  if name then redis.call('HDEL', p .. 'nm:' .. tenant, name) end
   redis.call('ZREM', p .. 'ar:' .. tenant, array)
   redis.call('DEL', key)
 end
 
+-- Whether others have still to be told that this task has ended, or that its array has, of which it is the last.
+local function is_to_be_told(p, id, array)
+  if redis.call('EXISTS', p .. 'ch:' .. id) == 1 then return true end
+  return array and redis.call('EXISTS', p .. 'ch:' .. array) == 1 and redis.call('HGET', p .. 'a:' .. array, 'kept') == '1'
+end
+
 -- Forgets finished tasks of a tenant that ended before a time, or are more than are kept, at most so many. One that others
--- have still to be told of stays.
-local function sweep_tenant(p, tenant, before, kept, limit)
+-- have still to be told of stays. What files had their results goes into `files`.
+local function sweep_tenant(p, tenant, before, kept, limit, files)
   local key = p .. 'dn:' .. tenant
   local old = redis.call('ZRANGEBYSCORE', key, '-inf', '(' .. before, 'LIMIT', 0, limit)
   local excess = redis.call('ZCARD', key) - tonumber(kept)
   if excess > #old then old = redis.call('ZRANGE', key, 0, math.min(excess, limit) - 1) end
   local swept = 0
   for _, id in ipairs(old) do
-    local task = redis.call('HMGET', p .. 't:' .. id, 'state', 'spec', 'array')
-    if redis.call('EXISTS', p .. 'ch:' .. id, p .. 'ch:' .. (task[3] or id)) == 0 then
+    local task = redis.call('HMGET', p .. 't:' .. id, 'state', 'name', 'array', 'file')
+    if not is_to_be_told(p, id, task[3]) then
       redis.call('ZREM', key, id)
       if task[1] and not LIVE[task[1]] then
         swept = swept + 1
         redis.call('ZREM', p .. 'tt:' .. tenant, id)
         redis.call('DEL', p .. 't:' .. id, p .. 'l:' .. id)
         count_move(p, task[1], nil)
-        if task[3] then leave_array(p, tenant, task[3]) else free_name(p, tenant, task[2], id) end
+        if task[2] then redis.call('HDEL', p .. 'nm:' .. tenant, task[2]) end -- it may be given again
+        if task[3] then leave_array(p, tenant, task[3]) end
+        if task[4] then files[#files + 1] = cjson.decode(task[4]).name end
       end
     end
   end
@@ -498,37 +499,28 @@ local function sweep_tenant(p, tenant, before, kept, limit)
   return swept
 end
 
-local function sweep_keys(p, before, limit)
-  for _, member in ipairs(redis.call('ZRANGEBYSCORE', p .. 'iks', '-inf', '(' .. before, 'LIMIT', 0, limit)) do
-    redis.call('ZREM', p .. 'iks', member)
-    local tenant, key = string.match(member, '^(%S+) (%S+)$')
-    local said = redis.call('HGET', p .. 'ik:' .. tenant, key)
-    if said and tonumber(string.match(said, '^%d+')) < before then redis.call('HDEL', p .. 'ik:' .. tenant, key) end
-  end
-end
-
 -- token, slots closed and nodes gone before (ms), limit, tasks ended before (ms) and tasks kept of a tenant that is not named,
 -- then (tenant, ended before, kept) …: forgets what is old, of each tenant and of slots at most so many.
--- Returns how many tasks and slots.
+-- Returns how many tasks and slots, and the names of the files in which results of these tasks lie.
 local function sweep(keys, args)
   local p, limit = keys[1], tonumber(args[3])
-  if not leads(p, args[1]) then return { 0, 0 } end
+  if not leads(p, args[1]) then return { 0, 0, {} } end
   local rules = {}
   for i = 6, #args, 3 do rules[args[i]] = { args[i + 1], args[i + 2] } end
-  local swept = 0
+  local swept, files = 0, {}
   for _, tenant in ipairs(redis.call('SMEMBERS', p .. 'dt')) do
     local rule = rules[tenant] or { args[4], args[5] }
-    swept = swept + sweep_tenant(p, tenant, rule[1], rule[2], limit - swept)
+    swept = swept + sweep_tenant(p, tenant, rule[1], rule[2], limit - swept, files)
     if swept >= limit then break end
   end
-  sweep_keys(p, now_ms() - KEPT_MS, limit)
+  forget_keys(p, now_ms() - KEPT_MS, limit)
   local tombs = redis.call('ZRANGEBYSCORE', p .. 'tombs', '-inf', '(' .. args[2], 'LIMIT', 0, limit)
   for _, slot in ipairs(tombs) do
     redis.call('ZREM', p .. 'tombs', slot)
     redis.call('DEL', p .. 's:' .. slot)
   end
   sweep_nodes(p, tonumber(args[2]))
-  return { swept, #tombs }
+  return { swept, #tombs, files }
 end
 
 redis.register_function { function_name = 'ry_request', callback = request, flags = { 'allow-oom' } }

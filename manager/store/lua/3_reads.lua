@@ -19,18 +19,18 @@ local function queues_of(p, looked, now)
   local queues = {}
   for _, shape in ipairs(redis.call('SMEMBERS', p .. 'active')) do
     local depth = redis.call('ZCARD', p .. 'q:' .. shape)
-    local said = redis.call('HMGET', p .. 'sh:' .. shape, 'run_ms', 'unload', 'warm', 'warm_until', 'peak', 'vtime')
+    local said = redis.call('HMGET', p .. 'sh:' .. shape, 'run_ms', 'unload', 'warm', 'warm_until', 'peak', 'vtime', 'oom')
     local warm = (tonumber(said[4] or '0') or 0) > now and tonumber(said[3]) or 0
     if looked and depth == 0 and warm == 0 and redis.call('SCARD', p .. 'ss:' .. shape) == 0 then
       redis.call('SREM', p .. 'active', shape)
-      redis.call('HDEL', p .. 'sh:' .. shape, 'asked', 'wake_at', 'unload', 'warm', 'warm_until', 'vtime')
+      redis.call('HDEL', p .. 'sh:' .. shape, 'asked', 'wake_at', 'unload', 'warm', 'warm_until', 'vtime', 'oom')
     else
       if looked then redis.call('HDEL', p .. 'sh:' .. shape, 'asked') end
       local head = redis.call('ZRANGE', p .. 'q:' .. shape, 0, 0, 'WITHSCORES')
       local queued = head[1] and redis.call('HGET', p .. 't:' .. head[1], 'queued') or ''
       queues[#queues + 1] = { shape, redis.call('HGET', p .. 'shapes', shape) or '', depth, head[2] or '', queued,
         said[1] or '', warm, said[2] or '', learned_of(p, shape, now), said[5] or '',
-        said[6] or '' }
+        said[6] or '', said[7] or '' }
     end
   end
   return queues
@@ -118,6 +118,22 @@ local function position(keys, args)
   return redis.call('ZCOUNT', keys[1] .. 'q:' .. args[1], '-inf', '(' .. args[2])
 end
 
+-- token, ids …: of each task its state, its newest attempt, and the name of the file in which its result lies; '' for what
+-- there is none of. {STALE} for who does not lead: what is not there may be removed by who asks, and a store that came back
+-- empty has no leader.
+local function kept(keys, args)
+  local p, reply = keys[1], { 'OK' }
+  if not leads(p, args[1]) then return { 'STALE' } end
+  for i = 2, #args do
+    local task = redis.call('HMGET', p .. 't:' .. args[i], 'state', 'attempt', 'file')
+    reply[#reply + 1] = task[1] or ''
+    reply[#reply + 1] = task[2] or ''
+    reply[#reply + 1] = task[3] and cjson.decode(task[3]).name or ''
+  end
+  return reply
+end
+
+redis.register_function { function_name = 'ry_kept', callback = kept, flags = { 'no-writes' } }
 redis.register_function { function_name = 'ry_state', callback = state, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_list', callback = list, flags = { 'no-writes' } }
 redis.register_function { function_name = 'ry_position', callback = position, flags = { 'no-writes' } }

@@ -8,7 +8,6 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import NoReturn
 
 
 def _agent(guard: int) -> int:
@@ -60,7 +59,7 @@ def fail(path: str, key: str, times: int) -> dict[str, object]:
     return {"key": key, "attempt": int(os.environ["ROCYARD_ATTEMPT"])}
 
 
-def crash(path: str, key: str, times: int) -> dict[str, object] | NoReturn:
+def crash(path: str, key: str, times: int) -> dict[str, object]:
     """Take the executor down in the first so many attempts."""
     _note(path, key, "start")
     if int(os.environ["ROCYARD_ATTEMPT"]) <= times:

@@ -1,0 +1,192 @@
+"""Results in any place that fsspec reaches, such as an S3-like store. The one module that imports fsspec.
+
+Executors write to a folder of their machine, and the agent sends what they wrote: it alone has the right to. There are no
+folders for checkpoints: what a function writes elsewhere it reports by itself.
+"""
+
+import asyncio
+import datetime as dt
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+
+from manager.core.errors import StartError
+from manager.core.model import ResultFile
+from manager.log import get_logger
+from manager.results.folder import BATCH, FOLDER_MODE, GONE, checked_pieces, not_stored, sync_written, words_of
+from manager.results.store import CLOCK, FILES, Leftover, checked_name, file_name, leftover_of, missing
+
+MOMENTS: Final = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
+"""What file systems call the time of the last change."""
+
+log = get_logger("rocyard.results")
+
+
+class ObjectResults:
+    """A place with a URL.
+
+    Args:
+        url: as people have set it.
+        scratch: the agent's own folder for what executors write; None for who keeps nothing.
+
+    Raises:
+        StartError: the URL cannot be used.
+    """
+
+    def __init__(self, url: str, scratch: Path | None) -> None:
+        self.url = url
+        self.scratch = scratch
+        try:
+            found, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError, OSError) as error:
+            raise StartError(f"results.url: {url} cannot be used: {error}") from error
+        self.system: Any = found
+        self.root = str(root).rstrip("/")
+
+    def prepare(self) -> None:
+        """See that it can be written, and empty the scratch folder: whose results lay there is gone.
+
+        Raises:
+            StartError: it cannot.
+        """
+        try:
+            self._clock_s()
+            if self.scratch is not None:
+                self.scratch.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+                for path in self.scratch.iterdir():
+                    path.unlink()
+        except Exception as error:
+            raise StartError(f"results.url: {self.url} cannot be written: {str(error) or type(error).__name__}") from error
+
+    # --- for agents ---------------------------------------------------------------------------------------------
+
+    def place(self, task_id: str, attempt: int) -> Path | None:
+        """On this machine."""
+        return None if self.scratch is None else self.scratch / f"{task_id}-{attempt}.json"
+
+    async def keep(self, path: Path, task_id: str, attempt: int, size: int, sha256: str) -> ResultFile:
+        """Send it. See `ResultStore`."""
+        name = file_name(task_id, attempt)
+        try:
+            await asyncio.to_thread(self._keep, path, name, size)
+        except Exception as error:  # each file system has errors of its own
+            why = words_of(error) if isinstance(error, OSError) else str(error)
+            raise not_stored(size, self.url, why or type(error).__name__) from error
+        return ResultFile(name, size, sha256)
+
+    def _keep(self, path: Path, name: str, size: int) -> None:
+        target = self._full(name)
+        if path.exists():
+            sync_written(path, size)
+            self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self.system.put_file(str(path), target)
+        self.system.invalidate_cache()
+        found = self.system.info(target)["size"]
+        if found != size:
+            raise OSError(f"{found} bytes have arrived")
+        path.unlink(missing_ok=True)
+
+    async def discard(self, file: ResultFile) -> None:
+        """Remove it. See `ResultStore`."""
+        await self.remove([checked_name(file)])
+
+    def folder(self, task_id: str) -> str:  # noqa: ARG002 -- as `ResultStore` has it
+        """None: not everybody who runs tasks can write there."""
+        return ""
+
+    # --- for the API --------------------------------------------------------------------------------------------
+
+    async def open(self, file: ResultFile) -> AsyncIterator[bytes]:
+        """Read it in pieces. See `ResultStore`."""
+        name = self._full(checked_name(file))
+        try:
+            size, opened = await asyncio.to_thread(self._opened, name)
+        except FileNotFoundError:
+            raise missing(file, GONE) from None
+        except Exception as error:  # each file system has errors of its own
+            raise missing(file, str(error) or type(error).__name__) from error
+        if size != file.bytes:
+            opened.close()
+            raise missing(file, f"the file has {size} bytes")
+        return checked_pieces(file, opened)
+
+    def _opened(self, name: str) -> tuple[int, Any]:
+        self.system.invalidate_cache()
+        return self.system.info(name)["size"], self.system.open(name, "rb")
+
+    # --- for the leader -----------------------------------------------------------------------------------------
+
+    async def scan(self) -> AsyncIterator[list[Leftover]]:
+        """All files, by the parts that their names spread over. See `ResultStore`."""
+        now_s = await asyncio.to_thread(self._clock_s)
+        for folder in await asyncio.to_thread(self._folders):
+            found = await asyncio.to_thread(self._listed, folder, now_s)
+            for first in range(0, len(found), BATCH):
+                yield found[first : first + BATCH]
+
+    def _folders(self) -> list[str]:
+        self.system.invalidate_cache()
+        try:
+            return [str(name) for name in self.system.ls(self._full(FILES), detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def _listed(self, folder: str, now_s: float) -> list[Leftover]:
+        found = []
+        for name, info in self.system.find(folder, detail=True).items():
+            changed_s = moment_of(info)
+            age_s = 0.0 if changed_s is None else max(0.0, now_s - changed_s)  # of unknown age: never old enough
+            below = str(name)[len(self.root) :].lstrip("/")
+            if (leftover := leftover_of(below, age_s)) is not None:
+                found.append(leftover)
+        return found
+
+    async def remove(self, names: Sequence[str]) -> int:
+        """Remove files. See `ResultStore`."""
+        return await asyncio.to_thread(self._remove, names)
+
+    def _remove(self, names: Sequence[str]) -> int:
+        removed = 0
+        for name in names:
+            if leftover_of(name, 0.0) is None:
+                continue
+            try:
+                self.system.rm_file(self._full(name))
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # noqa: BLE001 -- each file system has errors of its own; the next scan tries again
+                log.warning("result_not_removed", name=name, error=str(error))
+                continue
+            removed += 1
+        return removed
+
+    def _full(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _clock_s(self) -> float:
+        """What time it is there, by a file that is written now."""
+        name = self._full(CLOCK)
+        self.system.makedirs(self.root, exist_ok=True)
+        self.system.pipe_file(name, b".")
+        self.system.invalidate_cache()
+        return moment_of(self.system.info(name)) or 0.0
+
+
+def moment_of(info: dict[str, Any]) -> float | None:
+    """When a file was changed, in seconds; None where its file system does not say so in a way that is known."""
+    for key in MOMENTS:
+        match info.get(key):
+            case dt.datetime() as moment:
+                return moment.timestamp()
+            case float() | int() as seconds:
+                return float(seconds)
+            case str() as text:
+                try:
+                    return dt.datetime.fromisoformat(text).timestamp()
+                except ValueError:
+                    continue
+            case _:
+                continue
+    return None

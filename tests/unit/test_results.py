@@ -1,0 +1,368 @@
+"""The results store: what is kept survives, is found again as it was, and nothing else is ever touched."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from manager.core.errors import ResultMissing, ResultNotStored, SettingsError, StartError
+from manager.core.ids import new_id
+from manager.core.model import ResultFile
+from manager.results import Leftover, NoResults, ResultStore, open_results, shared_url, with_default_folder
+from manager.results.folder import FolderResults
+from manager.results.objects import ObjectResults, moment_of
+from manager.results.store import CHUNK_BYTES, Kind, leftover_of
+from manager.settings import ResultSettings, Settings
+
+TASK = "01k9ez0000000000000000007k"
+HOUR_S = 3600.0
+
+
+@pytest.fixture(params=["folder", "memory", "objects on disk"])
+def results(request: pytest.FixtureRequest, tmp_path: Path) -> ResultStore:
+    if request.param == "folder":
+        store: FolderResults | ObjectResults = FolderResults(tmp_path / "results")
+    else:
+        root = f"memory://{uuid.uuid4().hex}/results" if request.param == "memory" else f"local://{tmp_path}/results"
+        store = ObjectResults(root, tmp_path / "scratch")
+    store.prepare()
+    return store
+
+
+def write(results: ResultStore, data: bytes, task_id: str = TASK, attempt: int = 1) -> Path:
+    """As an executor does it."""
+    path = results.place(task_id, attempt)
+    assert path is not None
+    path.write_bytes(data)
+    return path
+
+
+def keep(results: ResultStore, data: bytes, task_id: str = TASK, attempt: int = 1) -> ResultFile:
+    path = write(results, data, task_id, attempt)
+    return asyncio.run(results.keep(path, task_id, attempt, len(data), hashlib.sha256(data).hexdigest()))
+
+
+def read(results: ResultStore, file: ResultFile) -> list[bytes]:
+    async def run() -> list[bytes]:
+        return [piece async for piece in await results.open(file)]
+
+    return asyncio.run(run())
+
+
+def scanned(results: ResultStore) -> list[Leftover]:
+    async def run() -> list[Leftover]:
+        return [found async for batch in results.scan() for found in batch]
+
+    return sorted(asyncio.run(run()), key=lambda found: found.name)
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES * 2 + 7])
+def test_what_is_kept_is_read_again(results: ResultStore, size: int):
+    data = os.urandom(size)
+    file = keep(results, data)
+    assert file == ResultFile(f"files/7k/{TASK}-1.json", size, hashlib.sha256(data).hexdigest())
+    assert b"".join(read(results, file)) == data
+
+
+def test_a_call_that_is_made_twice_keeps_once(results: ResultStore):
+    path = write(results, b"[1]")
+    digest = hashlib.sha256(b"[1]").hexdigest()
+    first = asyncio.run(results.keep(path, TASK, 1, 3, digest))
+    assert not path.exists()
+    assert asyncio.run(results.keep(path, TASK, 1, 3, digest)) == first
+    assert read(results, first) == [b"[1]"]
+
+
+def test_attempts_do_not_write_over_each_other(results: ResultStore):
+    first, second = keep(results, b"[1]"), keep(results, b"[2]", attempt=2)
+    assert first.name != second.name
+    assert (read(results, first), read(results, second)) == ([b"[1]"], [b"[2]"])
+
+
+def test_what_is_not_as_long_as_was_said_is_not_kept(results: ResultStore):
+    path = write(results, b"[1]")
+    with pytest.raises(ResultNotStored, match=r"the result \(4 bytes\) could not be stored in .*3 bytes"):
+        asyncio.run(results.keep(path, TASK, 1, 4, ""))
+    with pytest.raises(ResultMissing):
+        read(results, ResultFile(f"files/7k/{TASK}-1.json", 4, ""))
+
+
+def test_what_was_never_written_is_not_kept(results: ResultStore):
+    path = results.place(TASK, 1)
+    assert path is not None
+    with pytest.raises(ResultNotStored):
+        asyncio.run(results.keep(path, TASK, 1, 4, ""))
+
+
+@pytest.mark.parametrize("how", ["symlink", "hardlink", "fifo"])
+def test_what_user_code_has_put_in_its_place_is_not_kept(results: ResultStore, how: str, tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"{}")
+    path = results.place(TASK, 1)
+    assert path is not None
+    match how:
+        case "symlink":
+            path.symlink_to(secret)
+        case "hardlink":
+            path.hardlink_to(secret)
+        case _:
+            os.mkfifo(path)
+    with pytest.raises(ResultNotStored):
+        asyncio.run(results.keep(path, TASK, 1, 2, hashlib.sha256(b"{}").hexdigest()))
+
+
+# --- what is damaged or gone ----------------------------------------------------------------------------------------
+
+
+def path_of(results: ResultStore, file: ResultFile) -> Path:
+    if isinstance(results, FolderResults):
+        return results.root / file.name
+    assert isinstance(results, ObjectResults)
+    if "memory" in results.url:
+        pytest.skip("is no file")
+    return Path(results.root) / file.name
+
+
+def test_a_result_that_is_gone_is_said_to_be_missing(results: ResultStore):
+    file = keep(results, b"[1]")
+    asyncio.run(results.discard(file))
+    asyncio.run(results.discard(file))  # twice is well
+    with pytest.raises(ResultMissing, match="Rocyard has not removed it") as caught:
+        read(results, file)
+    assert caught.value.status == 410
+
+
+def test_a_result_of_another_size_is_refused_before_anything_is_read(results: ResultStore):
+    file = keep(results, b"[1]")
+    path_of(results, file).write_bytes(b"[12]")
+    with pytest.raises(ResultMissing, match="4 bytes"):
+        asyncio.run(results.open(file))
+
+
+def test_the_last_piece_of_a_damaged_result_never_comes(results: ResultStore):
+    file = keep(results, b"a" * (CHUNK_BYTES + 5))
+    path_of(results, file).write_bytes(b"a" * (CHUNK_BYTES + 4) + b"b")
+    seen = []
+
+    async def run() -> None:
+        async for piece in await results.open(file):
+            seen.append(len(piece))  # noqa: PERF401 -- what came before the error is what is looked at
+
+    with pytest.raises(ResultMissing, match="SHA-256"):
+        asyncio.run(run())
+    assert seen == [CHUNK_BYTES]
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "files/7k/../../secret", "clock", f"writing/{TASK}-1.json"])
+def test_a_name_that_is_none_of_ours_leads_nowhere(results: ResultStore, name: str, tmp_path: Path):
+    (tmp_path / "secret").write_bytes(b"x")
+    with pytest.raises(ResultMissing, match="names no result of ours"):
+        asyncio.run(results.open(ResultFile(name, 1, "")))
+    assert asyncio.run(results.remove(["../secret"])) == 0
+    assert (tmp_path / "secret").exists()
+
+
+def test_a_reader_who_leaves_early_leaves_no_file_open(tmp_path: Path):
+    results = FolderResults(tmp_path / "results")
+    results.prepare()
+    file = keep(results, b"a" * (3 * CHUNK_BYTES))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    async def run() -> None:
+        pieces = await results.open(file)
+        await anext(pieces)
+        await pieces.aclose()  # type: ignore[attr-defined]  # a generator, which the interface need not say
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    asyncio.run(run())
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# --- scans ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_scan_finds_what_lies_there_and_nothing_else(results: ResultStore):
+    other = new_id()
+    names = sorted([keep(results, b"[1]").name, keep(results, b"[2]", other, 3).name])
+    found = scanned(results)
+    assert [one.name for one in found] == names
+    assert {(one.kind, one.task_id, one.attempt) for one in found} == {(Kind.RESULT, TASK, 1), (Kind.RESULT, other, 3)}
+    assert all(0 <= one.age_s < HOUR_S for one in found)
+    assert asyncio.run(results.remove(names)) == 2
+    assert asyncio.run(results.remove(names)) == 0
+    assert scanned(results) == []
+
+
+def test_a_folder_is_scanned_with_its_checkpoints_and_what_is_being_written(tmp_path: Path):
+    results = FolderResults(tmp_path / "results")
+    results.prepare()
+    write(results, b"half of", attempt=2)
+    checkpoints = Path(results.folder(TASK))
+    (checkpoints / "deep").mkdir()
+    (checkpoints / "deep" / "model.pt").write_bytes(b"x")
+    (results.root / "lost+found").mkdir()
+    (results.root / "checkpoints" / "somebody's").mkdir()
+    (results.root / "files" / "note.txt").write_text("not a folder")
+    os.utime(checkpoints, (0, 0))
+    found = scanned(results)
+    assert [(one.kind, one.attempt) for one in found] == [(Kind.CHECKPOINTS, 0), (Kind.WRITING, 2)]
+    assert found[0].age_s > HOUR_S > found[1].age_s
+    assert asyncio.run(results.remove([one.name for one in found])) == 2
+    assert scanned(results) == []
+    assert (results.root / "lost+found").is_dir()
+    assert (results.root / "checkpoints" / "somebody's").is_dir()
+
+
+def test_ages_are_by_the_clock_of_the_place(results: ResultStore, monkeypatch: pytest.MonkeyPatch):
+    keep(results, b"[1]")
+    monkeypatch.setattr("time.time", lambda: 9e9)  # ours is wrong by centuries
+    assert all(one.age_s < HOUR_S for one in scanned(results))
+
+
+def test_a_folder_of_checkpoints_is_the_same_for_each_attempt(tmp_path: Path):
+    results = FolderResults(tmp_path / "results")
+    results.prepare()
+    folder = Path(results.folder(TASK))
+    assert results.folder(TASK) == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("info", "seconds"),
+    [
+        ({"LastModified": "2026-11-24T01:00:00+00:00"}, 1795482000.0),
+        ({"created": 12.5}, 12.5),
+        ({"mtime": 12}, 12.0),
+        ({"updated": "yesterday"}, None),
+        ({}, None),
+    ],
+)
+def test_when_an_object_was_changed(info: dict[str, object], seconds: float | None):
+    assert moment_of(info) == seconds
+
+
+@pytest.mark.parametrize(
+    "name", ["", "files/7k", f"files/7k/{TASK}-0.json", f"files/7k/{TASK}-1.json/x", f"checkpoints/{TASK}/a"]
+)
+def test_other_names_are_nobodys(name: str):
+    assert leftover_of(name, 1e9) is None
+
+
+def test_files_are_nobody_elses(tmp_path: Path):
+    results = FolderResults(tmp_path / "results")
+    results.prepare()
+    path = write(results, b"[1]")
+    path.chmod(0o666)
+    file = asyncio.run(results.keep(path, TASK, 1, 3, ""))
+    assert stat.S_IMODE((results.root / file.name).stat().st_mode) == 0o600
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in results.root.rglob("*") if folder.is_dir())
+    assert stat.S_IMODE(results.root.stat().st_mode) == 0o700
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def settings_with(url: str, tmp_path: Path) -> Settings:
+    return Settings(data_dir=str(tmp_path / "data"), results=ResultSettings(url=url))
+
+
+def test_without_a_url_there_is_no_store(tmp_path: Path):
+    results = open_results(settings_with("", tmp_path))
+    assert isinstance(results, NoResults)
+    assert results.place(TASK, 1) is None
+    assert results.folder(TASK) == ""
+    assert scanned(results) == []
+    with pytest.raises(ResultMissing, match=r"no results store \(results.url\)"):
+        asyncio.run(results.open(ResultFile(f"files/7k/{TASK}-1.json", 1, "")))
+
+
+def test_one_machine_has_a_folder_of_its_own_that_no_other_is_told(tmp_path: Path):
+    settings = with_default_folder(settings_with("", tmp_path))
+    assert settings.results.url == str(tmp_path / "data" / "results")
+    assert shared_url(settings) == ""
+    assert isinstance(open_results(settings), FolderResults)
+    told = settings_with("/srv/results", tmp_path)
+    assert with_default_folder(told) == told
+    assert shared_url(told) == "/srv/results"
+
+
+def test_a_file_url_is_a_folder(tmp_path: Path):
+    results = open_results(settings_with(f"file://{tmp_path}/with%20space", tmp_path))
+    assert isinstance(results, FolderResults)
+    assert results.root == tmp_path / "with space"
+    assert results.root.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "words"),
+    [
+        ("results", SettingsError, "is a relative path"),
+        ("./results", SettingsError, "is a relative path"),
+        ("file://nas/results", SettingsError, "three slashes"),
+        ("nonsense://bucket/folder", StartError, "Protocol not known: nonsense"),
+        ("s3://bucket/folder", StartError, "s3fs"),
+        ("/proc/results", StartError, "cannot be written"),
+    ],
+)
+def test_a_url_that_cannot_work_is_refused_with_the_reason(url: str, kind: type[Exception], words: str, tmp_path: Path):
+    if url.startswith("s3"):
+        with contextlib.suppress(ImportError):
+            import s3fs  # noqa: F401 -- whether it is there
+
+            pytest.skip("s3fs is installed")
+    with pytest.raises(kind, match=words) as caught:
+        open_results(settings_with(url, tmp_path), tmp_path / "scratch")
+    assert "results.url" in str(caught.value)
+
+
+def test_an_agent_that_starts_has_an_empty_scratch_folder(tmp_path: Path):
+    settings = settings_with(f"memory://{uuid.uuid4().hex}", tmp_path)
+    scratch = tmp_path / "scratch"
+    left = open_results(settings, scratch).place(TASK, 1)
+    assert left is not None
+    left.write_bytes(b"of an agent that was killed")
+    open_results(settings, scratch)
+    assert list(scratch.iterdir()) == []
+    assert open_results(settings).place(TASK, 1) is None  # who is no agent has none
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_nothing_new_and_loses_nothing_old(small_disk: Path, tmp_path: Path):
+    results = ObjectResults(f"local://{small_disk}", tmp_path / "scratch")
+    results.prepare()
+    first = keep(results, b"a" * 150_000)
+    path = write(results, b"b" * 150_000, attempt=2)
+    with pytest.raises(ResultNotStored, match="No space left on device"):
+        asyncio.run(results.keep(path, TASK, 2, 150_000, ""))
+    assert b"".join(read(results, first)) == b"a" * 150_000
+    asyncio.run(results.discard(first))
+    asyncio.run(results.keep(path, TASK, 2, 150_000, ""))  # once there is room again
