@@ -9,8 +9,10 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BENCH ?= http
-# Two at least: tests wait more than they work. Four at most: each worker may start a whole cluster.
-JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; [ $$n -lt 2 ] && n=2; echo $$n)
+# One more than there are CPUs: tests wait as well as work. Four at most: each worker may start a whole cluster.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 3 ] && n=3; echo $$((n + 1)))
+# File by file, in the order of tests/conftest.py: by the number of its tests, a file of one long test would come last.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.rocyard
@@ -33,7 +35,7 @@ demo: $(STAMPS)/demo  ## digits as tasks, then a load for which nodes come and g
 	exec $(BIN)/rocyard demo $(ARGS)
 
 test: lint  ## lint, types and all tests (ARGS=… goes to pytest)
-	exec $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	exec $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(STAMPS)/test  ## ruff and mypy
 	echo "checking style and types"
@@ -53,7 +55,7 @@ load: $(STAMPS)/load  ## 20 s of load on the API of a cluster of its own (ARGS='
 
 coverage: $(STAMPS)/test  ## which lines the tests of the parts run, those of started processes too; fails under the threshold
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov $(ARGS) tests/unit tests/contract tests/sim tests/integration
+	$(BIN)/python -m pytest $(PARALLEL) --cov $(ARGS) tests/unit tests/contract tests/sim tests/integration
 
 bench: $(STAMPS)/bench  ## one benchmark: BENCH=http ARGS=--json
 	exec $(BIN)/python benchmarks/$(BENCH).py $(ARGS)

@@ -22,6 +22,7 @@ from manager.log import configure_logging, get_logger
 from manager.metrics import serve_metrics
 from manager.settings import GroupSettings, Settings
 from manager.store import Store
+from manager.store.schema import Membership
 from manager.store.store import connect
 from manager.tls import Role, client_context, metrics_context, metrics_url, tls_files
 
@@ -69,7 +70,8 @@ async def serve(settings: Settings) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
     own = settings.autoscaler
-    store = connect(settings.store.url.value, settings.store.deadline_s, ROLE)
+    membership = Membership(settings.store.cluster, on_outdated=stopping.set)
+    store = connect(settings.store.url.value, settings.store.deadline_s, ROLE, membership=membership)
     secure = metrics_context(settings, Role.AUTOSCALER, own.metrics_host)
     port, stop_metrics = serve_metrics(own.metrics_host, own.metrics_port, secure)
     announcing = asyncio.create_task(_announce(store, metrics_url(own.metrics_host, port, secure)))
@@ -83,6 +85,7 @@ async def serve(settings: Settings) -> None:
         announcing.cancel()
         stop_metrics()
         await store.connection.close()
+    membership.raise_if_outdated()
 
 
 async def _decide(settings: Settings, store: Store, providers: Mapping[str, Provider], stopping: asyncio.Event) -> None:

@@ -16,12 +16,15 @@ from typing import Final
 
 import msgspec
 
+from manager.core.lifecycle import OUTDATED_EXIT
 from manager.log import get_logger
 from manager.metrics import PROCESS_RESTARTS
 
 PAUSE_S: Final = (0.2, 5.0)
 STEADY_S: Final = 10.0
 """A child that lived for so long was well: its next start does not wait."""
+OUTDATED_PAUSE_S: Final = 60.0
+"""A process that is too old for its store is as old at its next start: somebody must install the newer version first."""
 LOG_BYTES_MAX: Final = 32 * 1024 * 1024
 LOG_CHECK_S: Final = 30.0
 
@@ -124,6 +127,8 @@ class Child:
             lived_s = time.monotonic() - began_s
             pause_s = PAUSE_S[0] if lived_s > STEADY_S else min(PAUSE_S[1], pause_s * 2)
             code = self.returncode or 0
+            if code == OUTDATED_EXIT:
+                pause_s = OUTDATED_PAUSE_S
             log.warning("process_exited", process=self.command.name, status=code, lived_s=round(lived_s, 3))
             PROCESS_RESTARTS.labels(process=self.command.name.split("-")[0]).inc()
             with contextlib.suppress(TimeoutError):

@@ -15,11 +15,11 @@ import httpx
 import msgspec
 
 from manager.client_address import GIVEN, ClusterAddress, checked_url
-from manager.client_errors import TaskCancelled, TaskFailed, WaitTimeout
+from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_wire import Wire, segment
 from manager.core import answers
 from manager.core import requests as rest
-from manager.core.errors import BadRequest, RocyardError
+from manager.core.errors import BadRequest, RocyardError, StoreUnavailable
 from manager.core.explain import Explanation
 from manager.core.foresee import PlanView
 from manager.core.lifecycle import FINAL, TaskStatus
@@ -30,6 +30,8 @@ WAIT_STEP_S: Final = 20.0
 """One long poll: short enough for proxies that cut silent connections."""
 WAIT_PATIENCE_S: Final = 60.0
 """How long a GET is tried again while waiting for a task, which no restart can lose."""
+RESULT_TRIES: Final = 3
+"""Of a large result that breaks off."""
 BATCH_BYTES_MAX: Final = 900 * 1024
 """Under the API's default limit of a body, 1 MiB."""
 
@@ -215,7 +217,33 @@ class Client:
             TaskFailed, TaskCancelled: it did not return.
             WaitTimeout: it has not ended in time.
         """
-        return result_of(self.wait(task, timeout_s))
+        return self.result_of(self.wait(task, timeout_s))
+
+    def result_of(self, view: answers.TaskView, *, tenant: str | None = None) -> Any:
+        """The result of a task that has ended, read from its file where it is large.
+
+        Raises:
+            TaskFailed, TaskCancelled: it has none.
+            ResultMissing: it had one, and the file is gone.
+        """
+        if view.result_file is None:
+            return result_of(view)
+        for attempt in range(RESULT_TRIES - 1):
+            try:
+                return msgspec.json.decode(b"".join(self.read_result(view.task_id, tenant=tenant)))
+            except (ClusterUnreachable, StoreUnavailable):
+                time.sleep(0.5 * 2**attempt)  # the API is being restarted
+        return msgspec.json.decode(b"".join(self.read_result(view.task_id, tenant=tenant)))
+
+    def read_result(self, task: TaskLike, *, tenant: str | None = None) -> Iterator[bytes]:
+        """What the function returned as JSON, piece by piece: a large result need not fit into memory.
+
+        The last piece comes only if all of them are what was kept.
+
+        Raises:
+            TaskFailed, TaskCancelled, NotFinished …: there is none, or none yet; the server's words.
+        """
+        return self._wire.stream(f"{_path(task)}/result", _of(tenant))
 
     def cancel(self, task: TaskLike, *, tenant: str | None = None) -> answers.Cancelled:
         """Ask for the task's end: at once where it waits, within seconds where it runs."""
@@ -407,7 +435,7 @@ class Client:
 
 
 def result_of(view: answers.TaskView) -> Any:
-    """The result of a task that has ended.
+    """The result of a task that has ended, where it is in the view; see `Client.result_of`.
 
     Raises:
         TaskFailed, TaskCancelled: it has none.

@@ -3,11 +3,13 @@
 Only GETs are sent again: a POST whose answer was lost may have been accepted, and the API has no idempotency key yet.
 """
 
+import base64
+import hashlib
 import random
 import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -16,7 +18,7 @@ import msgspec
 
 from manager.client_address import CA_VARIABLE, ClusterAddress, checked_key
 from manager.client_errors import ClusterUnreachable, UnexpectedAnswer, error_of
-from manager.core.errors import BadRequest, SettingsError, Unauthorized
+from manager.core.errors import BadRequest, RocyardError, SettingsError, Unauthorized
 from manager.tls import client_context
 
 ANSWER_S: Final = 15.0
@@ -29,6 +31,8 @@ CONNECTIONS_MAX: Final = 32
 PATIENCE_S: Final = 5.0
 """How long a GET is tried again: a restart of the API takes less."""
 PAUSE_S_MAX: Final = 2.0
+PIECE_BYTES: Final = 128 * 1024
+"""Of a large answer, at once."""
 
 T = TypeVar("T")
 
@@ -96,6 +100,35 @@ class Wire:
             time.sleep(min(random.uniform(0, min(PAUSE_S_MAX, 0.1 * 2**attempt)), max(end_s - time.monotonic(), 0)))  # noqa: S311
             attempt += 1
 
+    def stream(self, path: str, query: Mapping[str, str] | None = None) -> Iterator[bytes]:
+        """The body of a GET, piece by piece; the last one comes only if all are what the server has.
+
+        Raises:
+            ClusterUnreachable: it broke off.
+            UnexpectedAnswer: what came is not what its digest (``Repr-Digest``) is of.
+        """
+        digest, held = hashlib.sha256(), b""
+        try:
+            with self._http.stream("GET", path, params=query) as response:
+                self._answered = True
+                if not response.is_success:
+                    response.read()
+                    raise self._refusal(response)
+                for piece in response.iter_raw(PIECE_BYTES):
+                    digest.update(piece)
+                    if held:
+                        yield held
+                    held = piece
+        except httpx.TransportError as error:
+            if not self._answered:
+                raise self._unreachable(error) from error
+            raise ClusterUnreachable(f"{self.address.url}{path} broke off ({_words(error)}): ask for it again.") from error
+        told = response.headers.get("repr-digest", "")
+        if told and told != f"sha-256=:{base64.b64encode(digest.digest()).decode()}:":
+            raise UnexpectedAnswer(f"{path} is not what the server says that it has sent: its SHA-256 is {digest.hexdigest()}.")
+        if held:
+            yield held
+
     def _decoded(self, response: httpx.Response, kind: type[T]) -> T:
         self._answered = True
         if response.is_success:
@@ -104,10 +137,13 @@ class Wire:
             except msgspec.DecodeError as error:
                 words = f"{response.request.url.path} answered what this client does not understand ({error})"
                 raise UnexpectedAnswer(f"{words}: are {self.address.url} and this client of one version?") from error
+        raise self._refusal(response)
+
+    def _refusal(self, response: httpx.Response) -> RocyardError:
         refusal = error_of(response.status_code, response.content)
         if isinstance(refusal, Unauthorized):
-            raise Unauthorized(f"{refusal} The key came from {self.address.key_source}.", **refusal.details)
-        raise refusal
+            return Unauthorized(f"{refusal} The key came from {self.address.key_source}.", **refusal.details)
+        return refusal
 
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachable:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):

@@ -29,17 +29,24 @@ from manager.foresight import limits_of
 from manager.group_needs import GroupNeeds
 from manager.leader import Leadership
 from manager.leader_metrics import LeaderMetrics
-from manager.leader_shares import LeaderShares
+from manager.leader_refusals import LeaderRefusals
+from manager.leader_results import LeaderResults
+from manager.leader_shares import LeaderShares, retention_of
 from manager.log import configure_logging, get_logger
-from manager.metrics import LOOP_ERRORS, QUEUE_TASKS, ROUND_DURATION, ROUNDS, SLOTS, serve_metrics
+from manager.metrics import LOOP_ERRORS, QUEUE_TASKS, ROUND_DURATION, ROUNDS, SLOTS, TIMED_STEPS, serve_metrics
+from manager.results import NoResults, ResultStore, open_results
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
-from manager.store.store import connect
+from manager.store.schema import Membership
+from manager.store.store import IDS_MAX, connect
 from manager.tls import Role, dask_address, metrics_context, metrics_url, tls_files
 
 ROUND_PAUSE_S: Final = 0.02
 """Between two rounds that were asked for: what is asked for within this time is one round."""
+DUE_CALLS_MAX: Final = 10
+"""Calls for what time brings, in one round: each does a bounded part, and a round must not take long."""
 SWEEP_S: Final = 30.0
+UPGRADE_PAUSE_S: Final = 0.5
 TOMBSTONE_S: Final = 3600.0
 """A closed slot's id is remembered for this long: far over the time that any request can lie in a buffer."""
 STAND_STILL_S: Final = 1.0
@@ -51,7 +58,14 @@ log = get_logger("rocyard.controller")
 class Controller:
     """One candidate for leader. `run` returns when `stop` was called."""
 
-    def __init__(self, settings: Settings, store: Store, listener: StoreConnection, dask_side: DaskSide) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        listener: StoreConnection,
+        dask_side: DaskSide,
+        results: ResultStore | None = None,
+    ) -> None:
         self.settings = settings
         self.store = store
         self.listener = listener
@@ -65,6 +79,8 @@ class Controller:
         self._metrics = LeaderMetrics(settings.node.beat_s * settings.node.lease_beats)
         self._watch = BeatWatch()
         self._shares = LeaderShares(settings, store)
+        self._refusals = LeaderRefusals(settings, store)
+        self._results = LeaderResults(store, results or NoResults(), self._token)
         self._looked_s: float | None = None
         self._swept_s = 0.0
         self._told_workers: dict[str, str] | None = None
@@ -77,9 +93,13 @@ class Controller:
         self._stopping = True
         self._wake.set()
 
+    def _token(self) -> int:
+        """Of the term that this controller has; 0: it does not lead."""
+        return self.leadership.token if self.leadership.leads else 0
+
     async def run(self) -> None:
         """Look, decide, act, until stopped; then resign."""
-        listening = asyncio.create_task(self._listen())
+        beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._results.run())]
         try:
             while not self._stopping:
                 began_s = time.monotonic()
@@ -87,7 +107,8 @@ class Controller:
                 pause = min(self.settings.controller.period_s, again_s)
                 await self._sleep(max(ROUND_PAUSE_S, pause - (time.monotonic() - began_s)))
         finally:
-            listening.cancel()
+            for task in beside:
+                task.cancel()
             await self.leadership.resign()
             await self.dask.close()
 
@@ -144,7 +165,8 @@ class Controller:
         await self._fence_silent_nodes(state)
         now_s = time.monotonic()
         self._metrics.show(state, lambda row: self._watch.unchanged_s(row.node, (row.incarnation, row.beat), now_s))
-        following = (await self.store.due())[1]
+        following = await self._due()
+        await self._refusals.refuse(self.leadership.token, state)
         await self._sweep(state)
         again_s = self.settings.controller.period_s if following is None else max(ROUND_PAUSE_S, following)
         again_s = min(again_s, await self._drain(state))
@@ -184,6 +206,22 @@ class Controller:
         SLOTS.labels(status="requested").set(by_status[SlotStatus.REQUESTED])
         SLOTS.labels(status="open").set(by_status[SlotStatus.OPEN])
         return self._shares.account(state, elapsed_s)
+
+    async def _due(self) -> float | None:
+        """Have happen what time brings; seconds until there is more of it, None where nothing waits for a time."""
+        counts: dict[str, int] = {}
+        following: float | None = 0.0
+        for _ in range(DUE_CALLS_MAX):
+            done, following = await self.store.due()
+            for step, count in (("retried", done.retried), ("expired", done.expired), ("told", done.told), ("made", done.made)):
+                if count:
+                    counts[step] = counts.get(step, 0) + count
+                    TIMED_STEPS.labels(step=step).inc(count)
+            if following != 0:
+                break
+        if counts:
+            log.info("tasks_moved_on", **counts)
+        return following
 
     async def _fence_silent_nodes(self, state: ClusterState) -> None:
         lease_s = self.settings.node.beat_s * self.settings.node.lease_beats
@@ -299,23 +337,26 @@ class Controller:
         now_s = time.monotonic()
         if now_s - self._swept_s < SWEEP_S:
             return
-        limits = self.settings.tasks
-        ended_before = state.now_ms - int(limits.retention_s * 1000)
+        usual, tenants = retention_of(self.settings, state.now_ms)
         closed_before = state.now_ms - int(TOMBSTONE_S * 1000)
-        tasks, tombs = await self.store.sweep(self.leadership.token, ended_before, limits.retained_max, closed_before)
-        if tasks or tombs:
-            log.info("swept", tasks=tasks, slots=tombs)
-        self._swept_s = now_s if max(tasks, tombs) < 500 else 0.0
+        swept = await self.store.sweep(self.leadership.token, usual.ended_before_ms, usual.kept, closed_before, tenants)
+        if swept.tasks or swept.slots:
+            log.info("swept", tasks=swept.tasks, slots=swept.slots, files=len(swept.files))
+        self._results.forget(swept.files)
+        self._swept_s = now_s if max(swept.tasks, swept.slots) < IDS_MAX else 0.0
         self._metrics.show_fsync(await self.store.fsync_policy())
 
 
 async def serve(settings: Settings, run_slot: RunSlot) -> None:
     """Run one controller until SIGTERM."""
+    results = open_results(settings, prepare=False)  # a results store that is away must not stop the cluster
     deadline_s = settings.store.deadline_s
-    store = connect(settings.store.url.value, deadline_s, "controller")
+    membership = Membership(settings.store.cluster, founder=True)
+    store = connect(settings.store.url.value, deadline_s, "controller", membership=membership)
     listener = StoreConnection(settings.store.url.value, deadline_s, "controller-listen")
     dask = DaskSide(dask_address(settings), run_slot, tls_files(settings.tls, Role.CONTROLLER))
-    controller = Controller(settings, store, listener, dask)
+    controller = Controller(settings, store, listener, dask, results)
+    membership.on_outdated = controller.stop
     host = settings.controller.metrics_host
     secure = metrics_context(settings, Role.CONTROLLER, host)
     port, stop_metrics = serve_metrics(host, settings.controller.metrics_port, secure)
@@ -323,12 +364,30 @@ async def serve(settings: Settings, run_slot: RunSlot) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, controller.stop)
     controller.service = msgspec.json.encode({"pid": os.getpid(), "metrics_url": metrics_url(host, port, secure)})
+    upgrading = asyncio.create_task(_upgrade(store))
     try:
         await controller.run()
     finally:
+        upgrading.cancel()
         stop_metrics()
         await listener.close()
         await store.connection.close()
+    membership.raise_if_outdated()
+
+
+async def _upgrade(store: Store) -> None:
+    """Bring the store's data to our schema, beside the rounds: an upgrade may take longer than a leader's term."""
+    while True:
+        try:
+            await store.migrate()
+        except StoreUnavailable:
+            await asyncio.sleep(UPGRADE_PAUSE_S)
+        except Exception:
+            LOOP_ERRORS.labels(loop="controller_upgrade").inc()
+            log.exception("loop_failed", loop="controller_upgrade")
+            await asyncio.sleep(SWEEP_S)
+        else:
+            return
 
 
 def run(settings: Settings, run_slot: RunSlot) -> int:

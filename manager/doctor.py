@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from manager.core.answers import Readiness
+from manager.core.keys import SCHEMA_VERSION
 from manager.core.quantities import GIB, MIB, format_duration, format_memory
 
 STORE_VERSION_MIN: Final = (7, 0)
@@ -327,22 +328,32 @@ class StoreFacts(msgspec.Struct, frozen=True):
         config: of CONFIG GET.
         library: whether the library of functions is the one of this version; None: there is none.
         ahead_s: its clock, against this machine's.
+        cluster: whose data it holds; empty: nobody's.
+        expected: whose they should be, as far as this machine knows.
+        schema, schema_min: of its data, and the oldest of a process that may work with them; 0: it has none.
+        library_newer: whether the functions are of a newer version than this one.
     """
 
     info: Mapping[str, str]
     config: Mapping[str, str] | None
     library: bool | None
     ahead_s: float
+    cluster: str = ""
+    expected: str = ""
+    schema: int = 0
+    schema_min: int = 0
+    library_newer: bool = False
 
 
 def store_checks(facts: StoreFacts, synchronised: bool | None) -> tuple[Check, ...]:
     """What is to be said of a store that answers. `synchronised`: this machine's clock, None if not known."""
     return (
         _store_version(facts.info),
+        _store_identity(facts),
         *_store_settings(facts.config),
         _store_persistence(facts.info),
         _store_memory(facts.info),
-        _store_library(facts.library),
+        _store_library(facts.library, newer=facts.library_newer),
         _store_clock(facts.ahead_s, synchronised),
     )
 
@@ -407,9 +418,30 @@ def _store_memory(info: Mapping[str, str]) -> Check:
     return Check(STORE, "memory", Status.OK, told)
 
 
-def _store_library(equal: bool | None) -> Check:
+def _store_identity(facts: StoreFacts) -> Check:
+    """Whether it holds the data that it should, of a schema that this code knows."""
+    told = f"cluster {facts.cluster}, schema {facts.schema}"
+    if facts.expected and facts.cluster != facts.expected:
+        state = f"it belongs to cluster {facts.cluster}" if facts.cluster else "it is empty"
+        remedy = "bring the right data back: rocyard restore FILE; docs/operations.md has the steps"
+        return Check(STORE, "identity", Status.FAIL, f"{state}, and this is cluster {facts.expected}", remedy)
+    if not facts.cluster:
+        return Check(STORE, "identity", Status.SKIP, "it is new: rocyard up, or a controller, gives it an identity")
+    if facts.schema_min > SCHEMA_VERSION:
+        remedy = f"install the version that the cluster's other processes have; this one knows schema {SCHEMA_VERSION}"
+        return Check(STORE, "identity", Status.FAIL, f"{told}, for processes of schema {facts.schema_min} or newer", remedy)
+    if facts.schema < SCHEMA_VERSION:
+        remedy = "rocyard up, or a controller of this version, upgrades the data"
+        return Check(STORE, "identity", Status.WARN, f"{told}; this version writes schema {SCHEMA_VERSION}", remedy)
+    return Check(STORE, "identity", Status.OK, told)
+
+
+def _store_library(equal: bool | None, *, newer: bool) -> Check:
     if equal is None:
         return Check(STORE, "functions", Status.WARN, "not loaded yet", "any process of the cluster loads them when it starts")
+    if newer:
+        remedy = "as in a rolling upgrade; bring this machine to that version as well"
+        return Check(STORE, "functions", Status.WARN, "the store has those of a newer version", remedy)
     if not equal:
         remedy = "bring all processes of the cluster to one version: each loads its own library when it starts"
         return Check(STORE, "functions", Status.WARN, "the store has those of another version", remedy)
@@ -436,6 +468,8 @@ def api_check(url: str, ready: Readiness | None, error: str) -> Check:
         return Check(CLUSTER, "API", Status.FAIL, f"{url} does not answer: {error}", remedy)
     if not ready.ready:
         return Check(CLUSTER, "API", Status.FAIL, f"{url} takes no tasks: {ready.detail}", "see the checks of the store")
+    if ready.detail:
+        return Check(CLUSTER, "API", Status.WARN, f"{url} is ready; {ready.detail}", "see the checks of the store")
     if not ready.leader_beating:
         return Check(CLUSTER, "API", Status.WARN, f"{url} is ready, but no controller leads", "start one: rocyard controller")
     if not ready.nodes_live:

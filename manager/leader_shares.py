@@ -13,6 +13,7 @@ from manager.core.model import ClusterState, TenantRow
 from manager.core.shares import accounted
 from manager.settings import Settings, TenantSettings
 from manager.store import Store
+from manager.store.store import Retention
 
 WRITE_S: Final = 1.0
 """Virtual times are written so often at most: what was had within this time is forgotten when the leader changes."""
@@ -62,6 +63,7 @@ class LeaderShares:
             memory_bytes_max=limits.memory_bytes_max or None,
             running_max=limits.running_tasks_max or None,
             weight=limits.weight,
+            retries_per_minute_max=limits.retries_per_minute_max or None,
         )
 
     async def tell(self, token: int, state: ClusterState) -> None:
@@ -89,6 +91,17 @@ def tenant_settings(settings: Settings, tenant: str) -> TenantSettings:
     return settings.tenants.get(tenant, settings.tenant)
 
 
+def retention_of(settings: Settings, now_ms: int) -> tuple[Retention, dict[str, Retention]]:
+    """Which finished tasks are forgotten: of tenants in general, and of those that have limits of their own."""
+    tasks = settings.tasks
+
+    def of(limits: TenantSettings) -> Retention:
+        seconds = limits.retention_s or tasks.retention_s
+        return Retention(now_ms - int(seconds * 1000), limits.retained_max or tasks.retained_max)
+
+    return of(settings.tenant), {name: of(limits) for name, limits in settings.tenants.items()}
+
+
 def _limits_of(row: TenantRow) -> TenantRow:
     """The part of a row that people set."""
     return TenantRow(
@@ -97,4 +110,5 @@ def _limits_of(row: TenantRow) -> TenantRow:
         memory_bytes_max=row.memory_bytes_max,
         running_max=row.running_max,
         weight=row.weight,
+        retries_per_minute_max=row.retries_per_minute_max,
     )

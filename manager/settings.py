@@ -41,6 +41,7 @@ class StoreSettings(_Section, frozen=True):
     host: str = "127.0.0.1"
     port: Port = 0
     deadline_s: Seconds = 3.0
+    cluster: str = ""
 
 
 class TlsSettings(_Section, frozen=True):

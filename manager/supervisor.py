@@ -22,17 +22,18 @@ import msgspec
 
 from manager import ports
 from manager.children import Child, Command
-from manager.core.errors import RocyardError, StartError, StoreUnavailable
-from manager.core.ids import new_id
+from manager.core.errors import RocyardError, StartError, StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.core.lifecycle import REMOVED_EXIT
 from manager.core.requests import KeyScope
 from manager.fleet import Fleet, base_nodes, with_simulated_group
 from manager.keys import create_key, parse_key, read_key, verify
 from manager.log import configure_logging, get_logger
 from manager.metrics import serve_metrics
+from manager.results import open_results, with_default_folder
 from manager.screen import Screen, Started
 from manager.settings import Settings
 from manager.store import Store
+from manager.store.schema import Membership
 from manager.store.server import EmbeddedStore, ServerSpec
 from manager.store.store import connect
 from manager.tls import Role, api_url, client_context, dashboard_url, metrics_context, metrics_url, settings_for, tls_files
@@ -42,6 +43,7 @@ POLL_S: Final = 0.1
 DRIVER_FILES: Final = ("/dev/kfd", "/dev/nvidiactl")
 """Where one of these is, there is a driver, and its devices are used."""
 ADMIN_TENANT: Final = "default"
+CLUSTER_FILE: Final = "cluster.json"
 
 log = get_logger("rocyard.supervisor")
 
@@ -87,14 +89,21 @@ class Supervisor:
         for role in Role:
             if role is not Role.STORE:  # which may be another's; ours is looked at where it is started
                 tls_files(self.settings.tls, role)
-        self.settings = self._with_groups(_with_ports(self.settings))
+        self.settings = with_default_folder(self._with_groups(_with_ports(self.settings)))
+        open_results(self.settings)  # what cannot work is said now, not by each agent in its log
         embedded = await self._start_store()
         url = settings_for(self.settings, Role.CONTROLLER).store.url.value
-        store = connect(url, self.settings.store.deadline_s, "supervisor")
+        known = known_cluster(self.directory)
+        membership = Membership(self.settings.store.cluster or known, founder=True)
+        store = connect(url, self.settings.store.deadline_s, "supervisor", membership=membership)
         try:
             await self._until(lambda: self._answers(store), "store")
-            await _identify(store, self.directory, fresh=embedded is not None)
-            await store.deploy()
+            if membership.cluster != known:
+                _write_private(self.directory / CLUSTER_FILE, {"cluster": membership.cluster, "embedded": embedded is not None})
+            # A process that is started again beside a store that came back empty must not take it for its own.
+            given = msgspec.structs.replace(self.settings.store, cluster=membership.cluster)
+            self.settings = msgspec.structs.replace(self.settings, store=given)
+            await store.migrate()
             await store.forget_functions()
             key = await self._first_key(store)
             await self._announce(store)
@@ -246,8 +255,23 @@ class Supervisor:
             await asyncio.sleep(POLL_S)
 
     async def _answers(self, store: Store) -> bool:
+        """Whether the store answers, and is ours.
+
+        Raises:
+            StartError: it is empty, or another cluster's.
+            StoreTooNew: its data are newer than this code.
+        """
         try:
             await store.ping()
+        except StoreReplaced as error:
+            found = error.details["found"]
+            state = f"belongs to another cluster ({found})" if found else "is empty"
+            raise StartError(
+                f"the store {state}, but this folder belongs to cluster {error.details['cluster']}: restore the store from a "
+                f"backup, or remove {self.directory / CLUSTER_FILE} to start afresh and give up what was in it"
+            ) from error
+        except StoreTooNew:
+            raise
         except RocyardError as error:
             self._silence = str(error)
             return False
@@ -312,26 +336,11 @@ async def _opens(store: Store, key: str) -> bool:
     return parts is not None and verify(await read_key(store, parts[0]), parts[1])
 
 
-async def _identify(store: Store, directory: Path, *, fresh: bool) -> None:
-    """Make sure that this is the store that we know: one that came back empty is refused, never served as "no tasks".
-
-    Raises:
-        StartError: the store has another identity than the one that this folder belongs to, or none.
-    """
-    path = directory / "cluster.json"
-    known = ""
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text())["cluster"]
-    found = await store.identity()
-    if known and found != known:
-        state = "is empty" if not found else f"belongs to another cluster ({found})"
-        raise StartError(
-            f"the store {state}, but this folder belongs to cluster {known}: restore the store from a backup, or remove "
-            f"{path} to start afresh and give up what was in it"
-        )
-    if not known:
-        known = await store.identify(found or new_id())
-        _write_private(path, {"cluster": known, "embedded": fresh})
+def known_cluster(directory: Path) -> str:
+    """The cluster that this folder belongs to, empty where it belongs to none yet."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return str(json.loads((directory / CLUSTER_FILE).read_text())["cluster"])
+    return ""
 
 
 def _write_private(path: Path, content: dict[str, object]) -> None:

@@ -1,4 +1,5 @@
-"""Rocyard's public face: ``rocyard.Client``, ``rocyard.gpu`` for people who use Dask, and the errors of both.
+"""Rocyard's public face: ``rocyard.Client``, ``rocyard.gpu`` for people who use Dask, the errors of both, and what a running
+function can say of itself, such as ``rocyard.progress``.
 
     import rocyard
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from rocyard.client import Client
     from rocyard.gpu_tasks import explain, gpu
+    from rocyard.task import array_index, attempt, checkpoint, checkpoint_folder, last_checkpoint, progress, task_id
 
 __all__ = [
     "BadRequest",
@@ -69,8 +71,15 @@ __all__ = [
     "Unprocessable",
     "UnsupportedMediaType",
     "WaitTimeout",
+    "array_index",
+    "attempt",
+    "checkpoint",
+    "checkpoint_folder",
     "explain",
     "gpu",
+    "last_checkpoint",
+    "progress",
+    "task_id",
     "task_request",
 ]
 
@@ -90,6 +99,13 @@ _ELSEWHERE: Final = {
     "GpuTaskCrashed": "manager.core.gpu_tasks",
     "GpuTaskError": "manager.core.gpu_tasks",
     "MemoryExceeded": "manager.core.gpu_tasks",
+    "array_index": "rocyard.task",
+    "attempt": "rocyard.task",
+    "checkpoint": "rocyard.task",
+    "checkpoint_folder": "rocyard.task",
+    "last_checkpoint": "rocyard.task",
+    "progress": "rocyard.task",
+    "task_id": "rocyard.task",
 }
 
 

@@ -34,8 +34,8 @@ def progress(fraction: float, message: str = "") -> None:
         raise ValueError(f"progress takes a number from 0 to 1, such as done / total, not {fraction!r:.100}") from None
     if not -_ROUNDING <= value <= 1 + _ROUNDING:  # not so for NaN
         raise ValueError(f"progress takes a number from 0 to 1, such as done / total, not {value!r}")
-    if not isinstance(message, str):
-        raise ValueError(f"the message of progress is a text, not a {type(message).__name__}")
+    if not isinstance(message, str):  # one kind of error for all that is wrong here, as the documentation has it
+        raise ValueError(f"the message of progress is a text, not a {type(message).__name__}")  # noqa: TRY004
     if (running := _attempt()) is not None:
         running.report(progress=min(1.0, max(0.0, value)), message=_sendable(message)[:MESSAGE_CHARS_MAX])
 
@@ -57,7 +57,7 @@ def checkpoint(path: "str | os.PathLike[str]") -> None:
     except TypeError:
         raise ValueError(f"checkpoint takes a path as text, not a {type(path).__name__}") from None
     if not isinstance(text, str):
-        raise ValueError("checkpoint takes a path as text, not as bytes: os.fsdecode makes it one")
+        raise ValueError("checkpoint takes a path as text, not as bytes: os.fsdecode makes it one")  # noqa: TRY004
     if not 0 < len(text) <= CHECKPOINT_CHARS_MAX:
         raise ValueError(f"the path of a checkpoint has 1 to {CHECKPOINT_CHARS_MAX} characters, this one has {len(text)}")
     if _sendable(text) != text:
@@ -80,10 +80,10 @@ def checkpoint_folder() -> "str | None":
     running = _attempt()
     if running is None or not running.folder:
         return None
-    folder = str(running.folder)
-    if os.path.isabs(folder):  # else it is a URL, where there are no folders to make
-        os.makedirs(folder, exist_ok=True)
-    return folder
+    from pathlib import Path  # most functions start without it
+
+    Path(running.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    return str(running.folder)
 
 
 def array_index() -> "int | None":

@@ -39,15 +39,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plugins": ("plugins", *SHELL),
     "plugins.node.executor": (),  # runs in the user's interpreter
     "plugins.node.executor_target": (),  # as above
+    "plugins.node.executor_attempt": (),  # as above
     "plugins.node.functions": ("plugins.node.functions", "rocyard"),  # runs in executors
     "autoscaler": ("autoscaler", *SHELL, "manager.leader", "manager.group_needs"),  # one acts; groups are packed alike
     "rocyard": ("rocyard", "manager.core", *CLIENT),
+    "rocyard.task": (),  # functions import it, in interpreters that have none of ours
 }
 # Inner parts that only the named ones may reach, although the table above would let others.
 REACHED_BY = {"manager.api": ("manager.api", "manager.cli"), "manager.cli": ("manager.cli",)}
 # For reading types only; at run time they are loaded by file path.
 MAY_READ_TYPES_OF = {
-    "plugins.node.executor": ("manager.core.wire", "plugins.node.executor_target"),
+    "plugins.node.executor": ("manager.core.wire", "plugins.node.executor_attempt", "plugins.node.executor_target"),
     "plugins.node.executor_target": ("manager.core.wire",),
 }
 # One place for each outside system.

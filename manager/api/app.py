@@ -18,6 +18,8 @@ from prometheus_client import Counter, Histogram
 
 from manager import metrics
 from manager.api import problems
+from manager.api.accept import SubmitRoutes
+from manager.api.arrays import ArrayRoutes
 from manager.api.auth import Authenticator
 from manager.api.autoscaler import AutoscalerRoutes
 from manager.api.cluster import VERSION, ClusterRoutes
@@ -32,6 +34,7 @@ from manager.api.lifecycle import LifecycleRoutes
 from manager.api.old_paths import old_operations
 from manager.api.openapi import document
 from manager.api.operations import Operation, Public
+from manager.api.results import ResultRoutes
 from manager.api.targets import TargetRoutes
 from manager.api.tasks import TaskRoutes
 from manager.api.tenants import TenantRoutes
@@ -40,6 +43,7 @@ from manager.core.errors import BadRequest, NotFound, RocyardError, StoreUnavail
 from manager.core.ids import is_id
 from manager.group_needs import pack_groups
 from manager.log import get_logger
+from manager.results import open_results
 from manager.settings import Settings
 from manager.store import Store
 from manager.store.connection import StoreReplyError
@@ -95,10 +99,12 @@ class Api(Litestar):
         )
         self.ends = Ends(self.store.task, self._events)
         self.auth = Authenticator(self.store, settings.api.key_cache_s, settings.api.key)
-        tasks = TaskRoutes(self.store, settings, self.functions, self.watch, self.ends)
         docs = DocsRoutes()
         current = (
-            *tasks.operations(),
+            *SubmitRoutes(self.store, settings, self.functions, self.watch, self.ends).operations(),
+            *TaskRoutes(self.store, settings, self.ends).operations(),
+            *ResultRoutes(self.store, open_results(settings, prepare=False)).operations(),
+            *ArrayRoutes(self.store).operations(),
             *ForesightRoutes(self.store, settings, self.functions, self.watch).operations(),
             *ClusterRoutes(self.store, settings, self.functions, self.watch).operations(),
             *TenantRoutes(settings, self.watch).operations(),

@@ -31,9 +31,10 @@ from manager.core.errors import (
     TooLarge,
     UnsupportedMediaType,
 )
-from manager.core.explain import Explanation, explain
+from manager.core.explain import NOTHING_PENDING, Explanation, Parent, Pending, explain
 from manager.core.foresee import PlanView, When, Wish, foresee
-from manager.core.lifecycle import TaskStatus
+from manager.core.ids import is_array_id
+from manager.core.lifecycle import FINAL, TaskStatus
 from manager.core.mix import NO_MIX, Mix
 from manager.core.model import ClusterState, TaskRecord, priority_of, priority_offset
 from manager.core.requests import KeyScope, PlanRequest
@@ -83,8 +84,9 @@ class ForesightRoutes:
             raise NotFound("There is no such task.")
         look, ahead = await self._ahead()
         place = await self._place(record, look.state) if record.status is TaskStatus.QUEUED else None
+        pending = await self._pending(record)
         leads = look.leader.beating is not False
-        found = explain(record, ahead, self._setup_for(look), place, look.store_now_ms(), look.silent, leads=leads)
+        found = explain(record, ahead, self._setup_for(look), place, look.store_now_ms(), look.silent, pending, leads=leads)
         return Reply(200, _encode(found))
 
     async def plan(self, call: Call) -> Reply:
@@ -135,6 +137,24 @@ class ForesightRoutes:
             self._mix, self._setup = mix, with_mix(self._setup, mix)
         return self._setup
 
+    async def _pending(self, record: TaskRecord) -> Pending:
+        """What the task waits for where that is no queue."""
+        if record.status is TaskStatus.RETRY_WAIT:
+            return Pending(due_ms=await self._store.due_ms(record.task_id))
+        if record.status is not TaskStatus.BLOCKED or record.spec is None:
+            return NOTHING_PENDING
+        found = await asyncio.gather(*map(self._parent, record.spec.after))
+        return Pending(tuple(parent for parent in found if parent is not None))
+
+    async def _parent(self, task_id: str) -> Parent | None:
+        """A task or an array that has not ended."""
+        row = await self._store.array(task_id) if is_array_id(task_id) else None
+        if row is not None:
+            left = row.count - row.succeeded - row.failed - row.cancelled
+            return Parent(task_id, f"{left} of its {row.count} tasks to go") if left else None
+        status = await self._store.status(task_id)
+        return None if status is None or status in FINAL else Parent(task_id, status.value)
+
     async def _place(self, record: TaskRecord, state: ClusterState) -> Place:
         """Where the task stands: before it are those of its shape, and those of others that have a higher priority."""
         floor = priority_offset(priority_of(record.score))
@@ -155,7 +175,10 @@ class ForesightRoutes:
         """
         tree = checked_json(body)
         if "tasks" in tree:
-            asked = [(request, args, 1, f"tasks[{number}].") for number, (request, args) in enumerate(batch_request(body))]
+            asked = [
+                (request, args, request.count or 1, f"tasks[{number}].")
+                for number, (request, args) in enumerate(batch_request(body))
+            ]
         else:
             one, args = plan_request(body)
             asked = [(one, args, one.count, "")]

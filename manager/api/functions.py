@@ -70,7 +70,9 @@ class Function:
             takes = f" It takes: {', '.join(known)}." if known else " It takes no arguments."
             name = self.published.name
             raise InvalidArguments(
-                f"index_as: {name} has no argument {index_as[:80]!r}.{near(index_as, known)}{takes}", function=name, field="index_as"
+                f"index_as: {name} has no argument {index_as[:80]!r}.{near(index_as, known)}{takes}",
+                function=name,
+                field="index_as",
             )
         for index in dict.fromkeys((0, count - 1)):
             self.check(args | {index_as: index}, field)

@@ -11,7 +11,7 @@ from manager.api.exchange import Call, Reply
 from manager.api.operations import PUBLIC, Operation
 from manager.api.watch import ClusterWatch
 from manager.core.answers import Live, Readiness, StoreView
-from manager.core.errors import StoreUnavailable
+from manager.core.errors import StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.store import Store
 
 CHECK_S: Final = 1.0
@@ -41,7 +41,7 @@ class HealthRoutes:
         return Reply(200, _encode(Live()))
 
     async def readyz(self, _call: Call) -> Reply:
-        """Whether tasks can be accepted so that a power cut does not lose them."""
+        """Whether tasks can be accepted and are kept; what somebody should know of the store is told as well."""
         if self._last is None or time.monotonic() - self._last_s >= CHECK_S:
             self._last = await self._check()
             self._last_s = time.monotonic()
@@ -53,20 +53,19 @@ class HealthRoutes:
         nodes = len(snapshot.live()) if snapshot is not None else 0
         try:
             async with asyncio.timeout(PROBE_S):
-                fsync = await self._store.fsync_policy()
-        except (StoreUnavailable, TimeoutError):
-            detail = "The store does not answer; nothing can be accepted."
-            return Readiness(ready=False, store=StoreView(False, "unknown"), leader_beating=None, nodes_live=0, detail=detail)
-        store = StoreView(True, fsync)
-        match fsync:
-            case "always":
-                return Readiness(ready=True, store=store, leader_beating=beating, nodes_live=nodes)
-            case "unknown":
-                detail = "The store does not let its durability be checked (CONFIG is not allowed): see to it yourself."
-                return Readiness(ready=True, store=store, leader_beating=beating, nodes_live=nodes, detail=detail)
-            case _:
-                detail = "The store does not sync each write: set 'appendonly yes' and 'appendfsync always'."
-                return Readiness(ready=False, store=store, leader_beating=beating, nodes_live=nodes, detail=detail)
+                found = await self._store.durability()
+        except (StoreUnavailable, TimeoutError) as error:
+            refused = isinstance(error, StoreReplaced | StoreTooNew)
+            detail = str(error) if refused else "The store does not answer; nothing can be accepted."
+            store = StoreView(refused, "unknown")
+            return Readiness(ready=False, store=store, leader_beating=None, nodes_live=0, detail=detail)
+        return Readiness(
+            ready=not found.faults,
+            store=StoreView(True, found.fsync),
+            leader_beating=beating,
+            nodes_live=nodes,
+            detail=" ".join(found.faults or found.warnings),
+        )
 
     async def metrics(self, _call: Call) -> Reply:
         """All metrics of this process as text."""

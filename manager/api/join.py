@@ -16,6 +16,7 @@ from manager.core.addresses import in_url, is_loopback
 from manager.core.answers import JoinDask, JoinLimits, JoinStore, JoinView
 from manager.core.errors import RocyardError
 from manager.core.requests import KeyScope
+from manager.results import shared_url
 from manager.settings import Settings
 from manager.tls import bare_url
 
@@ -83,6 +84,8 @@ def join_view(settings: Settings) -> JoinView:
             grace_s=tasks.grace_s,
             result_bytes_max=tasks.result_bytes_max,
             log_bytes_max=tasks.log_bytes_max,
+            inline_bytes_max=settings.results.inline_bytes_max,
+            results_url=shared_url(settings),
         ),
     )
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from manager.api.accept import IDEMPOTENCY_KEY
 from manager.api.operations import Operation, Public
 from manager.core.answers import Problem
 from manager.core.errors import RocyardError
@@ -28,6 +29,7 @@ _PATH_PARAMETER: Final = re.compile(r"\{([a-z_]+)\}")
 _FIELD: Final = re.compile(r"^(?P<names>[a-z_, ]+): (?P<text>.+)$")
 _WHAT: Final = {
     "task_id": "A task's id: 26 characters, 0-9 and a-z.",
+    "array_id": "An array's id: as a task's; it ends with 0000.",
     "key_id": "A key's id: the 8 characters after ry_.",
     "node": "A node's name, as GET /v1/workers lists it.",
 }
@@ -35,7 +37,7 @@ _TASK: Final = {"function": "echo", "args": {"x": 1}, "resources": {"memory": "1
 _EXAMPLES: Final[dict[type, Any]] = {
     TaskRequest: _TASK,
     PlanRequest: {**_TASK, "count": 3},
-    BatchRequest: {"tasks": [_TASK, _TASK]},
+    BatchRequest: {"tasks": [_TASK, {**_TASK, "after": [0]}]},
     KeyRequest: {"tenant": "vision", "scope": "user"},
     DrainRequest: {"deadline": "5m", "remove": False},
     WarmRequest: {"function": "echo", "slots": 2, "for": "10m"},
@@ -111,6 +113,8 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         if parameter.most:
             schema |= {"minimum": 1, "maximum": parameter.most}
         found.append({"name": parameter.name, "in": "query", "description": parameter.description, "schema": schema})
+    text = {"type": "string", "minLength": 1, "maxLength": 255}
+    found += [{"name": one.name, "in": "header", "description": one.description, "schema": text} for one in operation.headers]
     return found
 
 
@@ -120,8 +124,14 @@ def _responses(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
         success["content"] = {operation.answer_type: {"schema": schemas[id(operation.answer)]}}
     elif operation.answer_type != "application/json":
         success["content"] = {operation.answer_type: {"schema": {"type": "string"}}}
+    headers = {}
     if operation.name == "submit_task":
-        success["headers"] = {"Location": {"description": "The task's path.", "schema": {"type": "string"}}}
+        headers["Location"] = {"description": "The path of the task or the array.", "schema": {"type": "string"}}
+    if IDEMPOTENCY_KEY in operation.headers:
+        words = "`true` where this was accepted by an earlier request."
+        headers["Idempotency-Replayed"] = {"description": words, "schema": {"type": "string"}}
+    if headers:
+        success["headers"] = headers
     found = {str(operation.status): success}
     by_status: dict[int, list[type[RocyardError]]] = {}
     for error in operation.all_errors():

@@ -33,6 +33,13 @@ class Parameter(msgspec.Struct, frozen=True):
     most: int = 0
 
 
+class Header(msgspec.Struct, frozen=True):
+    """A header that a request may have."""
+
+    name: str
+    description: str
+
+
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One method on one path.
 
@@ -45,6 +52,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         answer: the body of success; None where it is no JSON of ours.
         body: the request's body, if it has one.
         query: parameters it takes; others are refused.
+        headers: that it minds beside those that all do.
         errors: what it may answer besides success, access errors aside.
         listed: whether the OpenAPI document shows it.
     """
@@ -60,6 +68,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     answer_type: str = "application/json"
     body: type | None = None
     query: tuple[Parameter, ...] = ()
+    headers: tuple[Header, ...] = ()
     errors: tuple[type[RocyardError], ...] = ()
     listed: bool = True
 

@@ -23,6 +23,7 @@ from manager.core.errors import SettingsError, StartError, StoreUnavailable
 from manager.log import configure_logging, get_logger
 from manager.settings import Settings
 from manager.store import Store
+from manager.store.schema import Membership
 from manager.store.store import connect
 from manager.tls import Role, server_context, tls_files
 
@@ -121,8 +122,8 @@ def url_of(listener: socket.socket, *, secure: bool = False) -> str:
     return f"{'https' if secure else 'http'}://{in_url(named)}:{port}"
 
 
-def build_server(settings: Settings, listener: socket.socket) -> Server:
-    """The server, not yet running.
+def build_server(settings: Settings, listener: socket.socket, membership: Membership | None = None) -> Server:
+    """The server, not yet running; `membership` says which store is the right one.
 
     Raises:
         SettingsError: no store is set.
@@ -132,7 +133,8 @@ def build_server(settings: Settings, listener: socket.socket) -> Server:
         raise SettingsError("store.url is not set: 'rocyard up' starts a store and sets it for the parts that it starts")
 
     def connected(name: str) -> Store:
-        return connect(url, settings.store.deadline_s, name)
+        # The reader of ends waits on its connection, and what it reads is only a reason to ask over the other one.
+        return connect(url, settings.store.deadline_s, name, membership=membership if name == "api" else None)
 
     files = tls_files(settings.tls, Role.API)
     return Server(create_app(settings, connected), listener, None if files is None else server_context(files))
@@ -146,7 +148,8 @@ def keep_for_good() -> None:
 
 async def run(settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends at once."""
-    server = build_server(settings, listener)
+    membership = Membership(settings.store.cluster)
+    server = build_server(settings, listener, membership)
     keep_for_good()
     loop = asyncio.get_running_loop()
 
@@ -154,6 +157,7 @@ async def run(settings: Settings, listener: socket.socket) -> None:
         server.force_exit = server.should_exit
         server.should_exit = True
 
+    membership.on_outdated = stop
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     url = url_of(listener, secure=server.config.ssl is not None)
@@ -162,6 +166,7 @@ async def run(settings: Settings, listener: socket.socket) -> None:
         await server.run_until_stopped()
     finally:
         registering.cancel()
+    membership.raise_if_outdated()
 
 
 def serve(settings: Settings) -> None:
@@ -170,6 +175,7 @@ def serve(settings: Settings) -> None:
     Raises:
         StartError: the address cannot be had.
         SettingsError: no store is set.
+        StoreTooNew: the store's data are newer than this process can work with.
     """
     configure_logging("api", settings.log)
     listener = bind(settings.api.host, settings.api.port)

@@ -115,6 +115,22 @@ def parents_of(request: TaskRequest, before: Sequence[str] | None, within: str =
     return tuple(found)
 
 
+def refuse_in_batch(requests: Sequence[TaskRequest]) -> None:
+    """Refuse what cannot stand in a batch: arrays, and a name twice.
+
+    Raises:
+        BadRequest: says where.
+    """
+    names: dict[str, int] = {}
+    for number, request in enumerate(requests):
+        if request.count is not None:
+            field = f"tasks[{number}].count"
+            raise BadRequest(f"{field}: a batch has no arrays; submit an array by itself, with POST /v1/tasks.", field=field)
+        if request.name is not None and (first := names.setdefault(request.name, number)) != number:
+            field = f"tasks[{number}].name"
+            raise BadRequest(f"{field}: tasks[{first}] has the same name; names are unique.", field=field)
+
+
 def refuse_late(spec: TaskSpec, now_ms: int, within: str = "") -> None:
     """Refuse what should have ended already.
 

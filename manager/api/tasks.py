@@ -1,39 +1,27 @@
-"""Routes of tasks: submit, read, wait, list, cancel, result, logs. Why one waits is `manager.api.foresight`'s.
+"""Routes of tasks: read, wait, list, cancel, attempts, logs. `manager.api.accept` has those that submit, `manager.api.results`
+results, and why one waits is `manager.api.foresight`'s.
 
 Handlers parse, call and encode. Every read names its tenant, and what belongs to another one does not exist.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
 
-from manager.api.body import batch_request, task_request
 from manager.api.cursors import decode_cursor, encode_cursor
 from manager.api.ends import Ends
 from manager.api.exchange import Call, Reply
-from manager.api.functions import Functions, FunctionUnavailable
+from manager.api.logs import BEGINNING, Cursor, LogFollowers, extent_of, log_since, parse_cursor
 from manager.api.operations import Operation, Parameter
-from manager.api.problems import NotFinished, TaskCancelled, TaskFailed
 from manager.api.query import one_of, parse_query, wait_s, whole_number, yes_or_no
-from manager.api.submissions import refuse_infeasible, submission_of
-from manager.api.watch import ClusterWatch
-from manager.core.answers import Accepted, BatchAccepted, Cancelled, TaskLog, TaskPage, TaskView, summary_of, view_of
-from manager.core.errors import (
-    BadRequest,
-    Forbidden,
-    FunctionNotFound,
-    Infeasible,
-    InvalidArguments,
-    NotFound,
-    QuotaExceeded,
-    StoreFull,
-    TooLarge,
-    UnsupportedMediaType,
-)
-from manager.core.ids import is_id, new_id
+from manager.core.answers import Cancelled, TaskLog, TaskPage, TaskView, summary_of, view_of
+from manager.core.answers_tasks import AttemptList, attempts_of
+from manager.core.errors import BadRequest, Forbidden, NotFound
+from manager.core.ids import is_array_id, is_id
 from manager.core.lifecycle import FINAL, TaskStatus
-from manager.core.model import Submission, TaskRecord
-from manager.core.requests import PAGE_MAX, BatchRequest, KeyScope, TaskRequest
+from manager.core.model import ArrayRow, TaskRecord
+from manager.core.requests import PAGE_MAX, KeyScope
 from manager.keys import is_tenant
 from manager.settings import Settings
 from manager.store import Store
@@ -45,10 +33,9 @@ _encode = msgspec.json.Encoder().encode
 _STATUSES: Final = tuple(status.value for status in TaskStatus)
 TENANT: Final = Parameter("tenant", "Another tenant's; only for admin keys.")
 _GET: Final = ("wait", "args", "tenant")
-_LIST: Final = ("status", "function", "limit", "cursor", "tenant")
+_LIST: Final = ("status", "function", "name", "array", "limit", "cursor", "tenant")
 _ONE: Final = ("tenant",)
 _LOGS: Final = ("wait", "cursor", "tenant")
-_REPLAYED: Final = (b"idempotency-replayed", b"true")
 _NOT_THERE: Final = "There is no such task."
 
 
@@ -58,143 +45,14 @@ class TaskRoutes:
     Args:
         store: the process's connection.
         settings: limits.
-        functions, watch, ends: what the process knows.
+        ends: what the process knows.
     """
 
-    def __init__(self, store: Store, settings: Settings, functions: Functions, watch: ClusterWatch, ends: Ends) -> None:
+    def __init__(self, store: Store, settings: Settings, ends: Ends) -> None:
         self._store = store
-        self._followers = LogFollowers(store, ends)
         self._settings = settings
-        self._functions = functions
-        self._watch = watch
         self._ends = ends
-
-    # --- submission ---------------------------------------------------------------------------------------------
-
-    async def submit(self, call: Call) -> Reply:
-        """Accept one task. This is half of the hot path: what can be known beforehand is."""
-        body = await call.json_body(self._settings.api.body_bytes_max)
-        parse_query(call.query, ())
-        request, args = task_request(body)
-        given = call.idempotency_key
-        digest = digest_of(json.loads(body)) if given is not None or request.name is not None else ""
-        made = await self._checked(request, args, call.key.tenant, new_id() if request.count is None else array_id(), digest)
-        key = None if given is None else idempotency_key(given, digest)
-        reply = await self._accept(call.key.tenant, [(request, made)], key)
-        if request.count is not None:
-            return await self._array_accepted(reply, request.count)
-        task_id, status = reply.tasks[0]
-        where = (b"location", b"/v1/tasks/" + task_id.encode())
-        if reply.replayed:
-            return Reply(202, _encode(Accepted(task_id, status, replayed=True)), [where, _REPLAYED])
-        assert status is not None  # it is new
-        return Reply(202, b'{"task_id":"%b","status":"%b"}' % (task_id.encode(), status.encode()), [where])
-
-    async def _array_accepted(self, reply: SubmitReply, count: int) -> Reply:
-        """The answer for an array, once its tasks have their records; what the store does not do now, the controller does."""
-        task_id, status = reply.tasks[0]
-        with contextlib.suppress(StoreUnavailable, StoreFull):
-            for _ in range(0, count, IDS_MAX):
-                if reply.replayed or not await self._store.expand():
-                    break
-        headers = [(b"location", b"/v1/arrays/" + task_id.encode()), *([_REPLAYED] if reply.replayed else [])]
-        return Reply(202, _encode(Accepted(task_id, status, count, reply.replayed)), headers)
-
-    async def submit_batch(self, call: Call) -> Reply:
-        """Accept tasks, all or none."""
-        body = await call.json_body(self._settings.api.body_bytes_max)
-        parse_query(call.query, ())
-        tenant, given = call.key.tenant, call.idempotency_key
-        asked = batch_request(body)
-        refuse_in_batch([request for request, _ in asked])
-        named = any(request.name is not None for request, _ in asked)
-        tree = json.loads(body) if named or given is not None else {}
-        ids = [new_id() for _ in asked]
-        made: list[tuple[TaskRequest, Submission]] = []
-        for number, (request, args) in enumerate(asked):
-            digest = digest_of(tree["tasks"][number]) if request.name is not None else ""
-            within = f"tasks[{number}]."
-            made.append((request, await self._checked(request, args, tenant, ids[number], digest, within, ids[:number])))
-        reply = await self._accept(tenant, made, None if given is None else idempotency_key(given, digest_of(tree)), batch=True)
-        again = reply.replayed
-        accepted = tuple(Accepted(task_id, status, replayed=again) for task_id, status in reply.tasks)
-        return Reply(202, _encode(BatchAccepted(accepted, again)), [_REPLAYED] if again else None)
-
-    async def _checked(
-        self,
-        request: TaskRequest,
-        args: dict[str, object],
-        tenant: str,
-        task_id: str,
-        digest: str,
-        within: str = "",
-        before: Sequence[str] | None = None,
-    ) -> Submission:
-        function = self._functions.known(request.function) or await self._functions.find(request.function)
-        if request.count is None:
-            function.check(args, f"{within}args")
-        else:
-            function.check_array(args, "args", request.index_as, request.count)
-        after = parents_of(request, before, within) if request.after else ()
-        return submission_of(request, function.published, tenant, task_id, self._settings, within, after, digest)
-
-    async def _accept(
-        self, tenant: str, made: Sequence[tuple[TaskRequest, Submission]], key: IdempotencyKey | None, *, batch: bool = False
-    ) -> SubmitReply:
-        """Hand them to the store. What would be refused now may have been accepted before, under the same key or names."""
-        submissions = [submission for _, submission in made]
-        try:
-            self._refuse_hopeless(made, batch=batch)
-        except RocyardError as refusal:
-            if key is None and not any(submission.spec.name for submission in submissions):
-                raise
-            return await self._known_before(tenant, submissions, key, refusal)
-        limits = self._settings.tenants.get(tenant, self._settings.tenant)
-        snapshot = self._watch.snapshot
-        if snapshot is not None:
-            now_ms = snapshot.store_now_ms()
-            for submission in submissions:
-                self._ends.submitting(submission.task_id, tenant, submission.spec, now_ms)
-        try:
-            reply = await self._store.submit(tenant, limits.active_tasks_max, submissions, key)
-        except BaseException:
-            self._forget(submissions)
-            raise
-        if reply.replayed:
-            self._forget(submissions)
-        return reply
-
-    def _refuse_hopeless(self, made: Sequence[tuple[TaskRequest, Submission]], *, batch: bool) -> None:
-        """Refuse what no device could ever hold, and what should have ended already.
-
-        Raises:
-            Infeasible, DeadlinePassed, BadRequest: says in which task.
-        """
-        snapshot = self._watch.snapshot
-        for number, (request, submission) in enumerate(made):
-            within = f"tasks[{number}]." if batch else ""
-            if snapshot is not None and not request.allow_infeasible:
-                refuse_infeasible(submission.shape, submission.spec.resources, snapshot.capacity, within)
-            if request.deadline is not None:
-                now_ms = time.time_ns() // 1_000_000 if snapshot is None else snapshot.store_now_ms()
-                refuse_late(submission.spec, now_ms, within)
-
-    async def _known_before(
-        self, tenant: str, submissions: list[Submission], key: IdempotencyKey | None, refusal: RocyardError
-    ) -> SubmitReply:
-        """What the same request was answered before; with no room for any task, the store accepts nothing new.
-
-        Raises:
-            RocyardError: `refusal`, where there was no such request.
-        """
-        try:
-            return await self._store.submit(tenant, 0, submissions, key)
-        except (QuotaExceeded, UnknownDependency):
-            raise refusal from None
-
-    def _forget(self, submissions: Sequence[Submission]) -> None:
-        for submission in submissions:
-            self._ends.forget(submission.task_id)
+        self._followers = LogFollowers(store, ends)
 
     # --- one task -----------------------------------------------------------------------------------------------
 
@@ -233,42 +91,23 @@ class TaskRoutes:
         asked = status in {TaskStatus.RUNNING, TaskStatus.CANCELLED}
         return Reply(200, _encode(Cancelled(task_id, status, asked)))
 
-    async def result(self, call: Call) -> Reply:
-        """What the function returned, as it is."""
-        task_id, tenant = addressed(call, parse_query(call.query, _ONE).get("tenant"))
-        record = await self._record(task_id, tenant)
-        match record.status:
-            case TaskStatus.SUCCEEDED:
-                return Reply(200, record.result or b"null")
-            case TaskStatus.FAILED:
-                error = record.error
-                why = f"{error.type}: {error.message[:500]}" if error is not None else "no reason was left"
-                raise TaskFailed(f"The task failed, so it has no result: {why}", task_id=task_id, error=error)
-            case TaskStatus.CANCELLED:
-                raise TaskCancelled(task_id=task_id)
-            case status:
-                raise NotFinished(
-                    f"The task is {status}: ask for it with '?wait=30s', or again later.",
-                    task_id=task_id,
-                    task_status=status,
-                )
-
     async def logs(self, call: Call) -> Reply:
         """What the newest attempt has written, or what is new of it since a cursor."""
         query = parse_query(call.query, _LOGS)
         task_id, tenant = addressed(call, query.get("tenant"))
         cursor = parse_cursor(query["cursor"]) if "cursor" in query else BEGINNING
         patience_s = wait_s(query["wait"], self._settings.api.wait_s_max) if "wait" in query else 0.0
-        found = await self._log(task_id, tenant, cursor)
+        found, extent = await self._log(task_id, tenant, cursor)
         if patience_s > 0 and not (found.stdout or found.stderr or found.ended):
-            await self._followers.until_new(task_id, cursor, patience_s, call.gone)
-            found = await self._log(task_id, tenant, cursor)
+            await self._followers.until_new(task_id, extent, patience_s, call.gone)
+            found, _ = await self._log(task_id, tenant, cursor)
         return Reply(200, _encode(found))
 
-    async def _log(self, task_id: str, tenant: str, cursor: Cursor) -> TaskLog:
-        """The log since `cursor`. It is complete before a task has ended, so it is read after the record."""
+    async def _log(self, task_id: str, tenant: str, cursor: Cursor) -> tuple[TaskLog, Cursor]:
+        """The log since `cursor`, and how far it goes. It is complete before its task has ended: the record is read first."""
         ended = (await self._record(task_id, tenant)).status in FINAL
-        return log_since(task_id, await self._store.kept_log(task_id), cursor, ended=ended)
+        kept = await self._store.kept_log(task_id)
+        return log_since(task_id, kept, cursor, ended=ended), extent_of(kept)
 
     async def page(self, call: Call) -> Reply:
         """Tasks of a tenant, newest first."""
@@ -276,11 +115,38 @@ class TaskRoutes:
         tenant = tenant_of(call, query.get("tenant"))
         limit = whole_number(query, "limit", PAGE, 1, PAGE_MAX)
         status = one_of(query, "status", _STATUSES)
-        filters = (tenant, status, query.get("function", ""))
+        filters = (tenant, status, query.get("function", ""), query.get("name", ""), query.get("array", ""))
         before = decode_cursor(call.key, filters, query["cursor"]) if "cursor" in query else None
-        following, records = await self._store.tasks(tenant, before, limit, TaskStatus(status) if status else None, filters[2])
+        wanted = _Wanted(tenant, before, limit, TaskStatus(status) if status else None, filters[2])
+        if "array" in query or "name" in query:
+            following, records = await self._named(wanted, query)
+        else:
+            following, records = await self._store.tasks(tenant, before, limit, wanted.status, wanted.function)
         cursor = None if following is None else encode_cursor(call.key, filters, following)
         return Reply(200, _encode(TaskPage(tuple(summary_of(record) for record in records), cursor)))
+
+    async def _named(self, wanted: "_Wanted", query: Mapping[str, str]) -> tuple[int | None, list[TaskRecord]]:
+        """The task, or the tasks of the array, that the name or the id is of."""
+        found = query.get("array", "")
+        if "name" in query:
+            if "array" in query:
+                raise BadRequest("array: name what is wanted by its name or by the array's id, not by both.", field="array")
+            found = await self._store.task_named(wanted.tenant, query["name"]) or ""
+        elif not is_id(found):
+            raise BadRequest(f"array: {found[:80]!r} is no id of an array.", field="array")
+        row = await self._store.array(found) if found else None
+        if row is not None and row.tenant == wanted.tenant:
+            return await self._page_of_array(wanted, row)
+        record = await self._store.task(found) if found and "name" in query else None
+        return None, [record] if record is not None and wanted.takes(record) else []
+
+    async def _page_of_array(self, wanted: "_Wanted", row: ArrayRow) -> tuple[int | None, list[TaskRecord]]:
+        """A page of the tenant's list, from the last task of the array to the first."""
+        end = row.sequence + row.count
+        before = end if wanted.before is None else min(wanted.before, end)
+        following, records = await self._store.tasks(wanted.tenant, before, wanted.limit, wanted.status, wanted.function)
+        own = [record for record in records if record.array_id == row.array_id]
+        return None if following is None or following <= row.sequence else following, own
 
     async def _record(self, task_id: str, tenant: str) -> TaskRecord:
         record = await self._store.task(task_id)
@@ -307,11 +173,6 @@ class TaskRoutes:
 
     def operations(self) -> tuple[Operation, ...]:
         """The routes."""
-        submit_errors = (
-            *(BadRequest, FunctionNotFound, TooLarge, UnsupportedMediaType, InvalidArguments, Infeasible),
-            *(FunctionUnavailable, QuotaExceeded, StoreFull),
-            *(IdempotencyConflict, NameTaken, UnknownDependency, DeadlinePassed),
-        )
         one = "/v1/tasks/{task_id}"
         wait = Parameter(
             "wait",
@@ -319,21 +180,13 @@ class TaskRoutes:
         )
         return (
             Operation(
-                name="submit_task", method="POST", path="/v1/tasks", access=KeyScope.USER, handler=self.submit,
-                summary="Submit a task. The answer means that it is on disk.",
-                status=202, answer=Accepted, body=TaskRequest, errors=submit_errors, headers=(IDEMPOTENCY_KEY,),
-            ),
-            Operation(
-                name="submit_batch", method="POST", path="/v1/tasks/batch", access=KeyScope.USER,
-                handler=self.submit_batch, summary="Submit 1 to 500 tasks, all or none.",
-                status=202, answer=BatchAccepted, body=BatchRequest, errors=submit_errors, headers=(IDEMPOTENCY_KEY,),
-            ),
-            Operation(
                 name="list_tasks", method="GET", path="/v1/tasks", access=KeyScope.READ, handler=self.page,
                 summary="List tasks, newest first.", answer=TaskPage,
                 query=(
                     Parameter("status", "Only tasks of this status.", choices=_STATUSES),
                     Parameter("function", "Only tasks of this function."),
+                    Parameter("name", "Only the task of this name, or the tasks of the array of this name."),
+                    Parameter("array", "Only the tasks of the array with this id, the last one first."),
                     Parameter("limit", f"Tasks of one page, 1 to {PAGE_MAX}; {PAGE} unless given.", "integer", most=PAGE_MAX),
                     Parameter("cursor", "Where to go on: `next_cursor` of the page before, with the same filters and key."),
                     TENANT,
@@ -348,11 +201,6 @@ class TaskRoutes:
                 name="cancel_task", method="POST", path=f"{one}/cancel", access=KeyScope.USER, handler=self.cancel,
                 summary="Cancel a task: at once if it waits; a running one is ended within seconds.",
                 answer=Cancelled, errors=(NotFound,), query=(TENANT,),
-            ),
-            Operation(
-                name="get_result", method="GET", path=f"{one}/result", access=KeyScope.READ, handler=self.result,
-                summary="Get what the function returned, as it is.", answer=msgspec.Raw,
-                errors=(NotFound, NotFinished, TaskFailed, TaskCancelled), query=(TENANT,),
             ),
             Operation(
                 name="get_logs", method="GET", path=f"{one}/logs", access=KeyScope.READ, handler=self.logs,
@@ -373,6 +221,25 @@ class TaskRoutes:
                 errors=(NotFound,), query=(TENANT,),
             ),
         )  # fmt: skip
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    """Which tasks a page is to have."""
+
+    tenant: str
+    before: int | None
+    limit: int
+    status: TaskStatus | None
+    function: str
+
+    def takes(self, record: TaskRecord) -> bool:
+        """Whether this one is wanted."""
+        return (
+            self.before is None
+            and record.tenant == self.tenant
+            and self.status in {None, record.status}
+            and self.function in {"", record.function}
+        )
 
 
 def tenant_of(call: Call, asked: str | None) -> str:

@@ -19,6 +19,7 @@ from manager.core.addresses import is_loopback
 from manager.core.answers import Readiness
 from manager.core.errors import RocyardError, SettingsError
 from manager.doctor import Check, StoreFacts
+from manager.durability import info_lines
 from manager.settings import Secret, Settings
 from manager.tls import Role, client_context, dask_address, settings_for, tls_files
 
@@ -67,6 +68,8 @@ def with_embedded_store(settings: Settings, data_dir: Path) -> Settings:
 
 def store(target: Target) -> tuple[Check, ...]:
     """The store, and what it says of itself."""
+    from manager.supervisor import known_cluster
+
     settings = target.settings
     runs = target.supervisor is not None
     try:
@@ -75,7 +78,8 @@ def store(target: Target) -> tuple[Check, ...]:
         if not settings.store.url.value:
             remedy = "rocyard up starts one; to look at another one, set store.url"
             return (doctor.no_store(target.nothing_runs(), remedy, fails=False),)
-        facts = asyncio.run(_ask_store(settings_for(settings, _role(settings)).store.url.value))
+        expected = settings.store.cluster or known_cluster(target.data_dir)
+        facts = asyncio.run(_ask_store(settings_for(settings, _role(settings)).store.url.value, expected))
     except (RocyardError, OSError, ValueError, KeyError) as error:
         remedy = "see that it runs, what store.url says, and what lies between: a firewall, a password, TLS"
         return (doctor.no_store(str(error), remedy, fails=True),)
@@ -93,13 +97,14 @@ def _role(settings: Settings) -> Role:
     return Role.CLIENT
 
 
-async def _ask_store(url: str) -> StoreFacts:
+async def _ask_store(url: str, expected: str) -> StoreFacts:
+    from manager.core.keys import Keys
     from manager.store.connection import StoreConnection, StoreReplyError
-    from manager.store.schema import library_source
+    from manager.store.schema import LIBRARY_VERSION, library_source, read_facts
 
     connection = StoreConnection(url, ASK_S, "doctor")
     try:
-        info = _lines((await connection.call("INFO", "everything")).decode())
+        info = info_lines((await connection.call("INFO", "everything")).decode())
         before = time.time()
         seconds, microseconds = await connection.call("TIME")
         now = (before + time.time()) / 2
@@ -108,6 +113,7 @@ async def _ask_store(url: str) -> StoreFacts:
             config = {answer[0].decode(): answer[1].decode() for answer in answers if answer}
         except StoreReplyError:
             config = None
+        said = await read_facts(connection.call, Keys())
         listed = await connection.call("FUNCTION", "LIST", "LIBRARYNAME", "rocyard", "WITHCODE")
         code = _field(listed[0], b"library_code") if listed else None
         return StoreFacts(
@@ -115,15 +121,16 @@ async def _ask_store(url: str) -> StoreFacts:
             config=config,
             library=None if code is None else code.decode() == library_source(),
             ahead_s=int(seconds) + int(microseconds) / 1e6 - now,
+            cluster=said.cluster,
+            expected=expected,
+            schema=said.schema,
+            schema_min=said.schema_min,
+            library_newer=code is not None and said.library_version > LIBRARY_VERSION,
         )
     except StoreReplyError as error:
         raise RocyardError(f"the store refuses to say how it is: {error}") from error
     finally:
         await connection.close()
-
-
-def _lines(text: str) -> dict[str, str]:
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
 def _field(flat: list[Any], name: bytes) -> bytes | None:

@@ -13,7 +13,7 @@ class Exit(enum.IntEnum):
 
     OK = 0
     FAILED = 1  # the task failed or was cancelled; or the command could not do what it was asked
-    USAGE = 2  # a wrong option, argument or setting
+    USAGE = 2  # a wrong option, argument or setting; a process that is too old for its store
     NOT_FOUND = 3  # no such task, function, node or key
     NOT_AUTHORISED = 4  # no valid key, or one without the right
     UNREACHABLE = 5  # the cluster, or its store, does not answer
@@ -29,6 +29,7 @@ _BY_ERROR: Final[tuple[tuple[type[RocyardError], Exit], ...]] = (
     (TaskCancelled, Exit.FAILED),
     (WaitTimeout, Exit.TIMED_OUT),
     (ClusterUnreachable, Exit.UNREACHABLE),
+    (errors.StoreTooNew, Exit.USAGE),
     (errors.StoreUnavailable, Exit.UNREACHABLE),
     (errors.NotFound, Exit.NOT_FOUND),
     (errors.Unauthorized, Exit.NOT_AUTHORISED),

@@ -109,6 +109,11 @@ def joined_settings(settings: "Settings", view: "JoinView", called: str) -> "Set
             result_bytes_max=limits.result_bytes_max,
             log_bytes_max=limits.log_bytes_max,
         ),
+        results=replace(
+            settings.results,
+            url=limits.results_url or settings.results.url,
+            inline_bytes_max=limits.inline_bytes_max,
+        ),
     )
 
 

@@ -41,6 +41,7 @@ SECTIONS: Final[dict[str, dict[str, Entry]]] = {
         "submit": Entry(f"{TASKS}:submit", "Submit one"),
         "tasks": Entry(f"{TASKS}:tasks", "List them"),
         "show": Entry(f"{TASKS}:show", "All about one, with its result"),
+        "result": Entry(f"{TASKS}:result", "What one has returned, of any size"),
         "logs": Entry(f"{TASKS}:logs", "What one has written"),
         "explain": Entry(f"{TASKS}:explain", "Why one is where it is"),
         "plan": Entry(f"{FORESIGHT}:plan", "What would happen to one that is not submitted"),

@@ -4,7 +4,8 @@ import sys
 
 import msgspec
 
-from manager.core.errors import RocyardError
+from manager.core.errors import RocyardError, StoreTooNew
+from manager.core.lifecycle import OUTDATED_EXIT
 from manager.settings import Settings
 
 
@@ -49,7 +50,7 @@ def main() -> int:
         return run_role(sys.argv[1], settings)
     except RocyardError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 1
+        return OUTDATED_EXIT if isinstance(error, StoreTooNew) else 1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from manager.cli.text import NONE, ago, arguments_of, clock, count, memory, one_
 from manager.core.answers import Cancelled, FunctionView, QueueView, TaskSummary, TaskView, resources_in
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskError
-from manager.core.quantities import format_duration
+from manager.core.quantities import format_duration, format_memory
 from manager.core.wanted import more_words_of
 
 RESULT_CHARS_MAX: Final = 4000
@@ -101,7 +101,7 @@ def task_screen(task: TaskView) -> RenderableType:
     if not isinstance(task.args, msgspec.UnsetType):
         pairs.append(("arguments", json_text(bytes(task.args))))
     if task.status is TaskStatus.SUCCEEDED:
-        pairs.append(("result", json_text(bytes(task.result))))
+        pairs.append(("result", _result(task)))
     parts: list[RenderableType] = [fields(pairs)]
     if task.error is not None:
         parts.append(error_text(task.error))
@@ -121,6 +121,12 @@ def _cancelling(task: TaskView) -> bool:
 
 def _waited(task: TaskView) -> str:
     return f"  (after {span(task.created_at, task.started_at)})" if task.started_at is not None else ""
+
+
+def _result(task: TaskView) -> Text:
+    if task.result_file is None:
+        return json_text(bytes(task.result))
+    return Text(f"{format_memory(task.result_file.bytes)} in a file: rocyard result {task.task_id} > FILE")
 
 
 def _took(task: TaskView) -> str:

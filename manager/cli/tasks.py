@@ -100,8 +100,6 @@ def _timeout(text: str | None, *, wait: bool) -> float | None:
 
 def _wait_and_print(session: Session, client: "Client", task_id: str, timeout_s: float | None) -> int:
     """Wait for a task and print its result (as JSON output: the whole task); the exit code for how it ended."""
-    from manager.client import result_of
-
     try:
         view = client.wait(task_id, timeout_s)
     except KeyboardInterrupt:
@@ -110,7 +108,7 @@ def _wait_and_print(session: Session, client: "Client", task_id: str, timeout_s:
     if session.wants_json:
         print_json(view)
     try:
-        result = result_of(view)
+        result = None if session.wants_json and view.result_file is not None else client.result_of(view)
     except RocyardError as error:
         if session.wants_json:
             return exit_of(error)
@@ -157,6 +155,20 @@ def show(session: Session, *, task: str, tenant: str | None, with_args: bool) ->
 
     with session.client() as client:
         session.emit(client.get(task, with_args=with_args, tenant=tenant), task_screen)
+    return Exit.OK
+
+
+@command("result", client=True)
+@click.argument("task")
+@_tenant
+def result(session: Session, *, task: str, tenant: str | None) -> int:
+    """What TASK has returned, as JSON on stdout; of any size, and checked: what is not whole is an error.
+
+    Large results come piece by piece: 'rocyard result TASK > FILE'.
+    """
+    with session.client() as client:
+        for piece in client.read_result(task, tenant=tenant):
+            click.echo(piece, nl=False)
     return Exit.OK
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from manager.core.lifecycle import AfterFailed, TaskStatus
 from manager.core.model import TaskError, TaskRecord
+from manager.core.quantities import KIB
 from manager.core.requests import KeyScope
 from manager.core.shapes import Resources
 
@@ -112,6 +113,17 @@ class ResourcesView(msgspec.Struct, frozen=True, omit_defaults=True):
     model: str = ""
 
 
+class ResultFileView(msgspec.Struct, frozen=True):
+    """A result that lies in a file.
+
+    Attributes:
+        sha256: of its bytes, in hex.
+    """
+
+    bytes: int
+    sha256: str
+
+
 class TaskView(TaskSummary, frozen=True, kw_only=True):
     """A task.
 
@@ -128,7 +140,8 @@ class TaskView(TaskSummary, frozen=True, kw_only=True):
         checkpoint: what its attempts have reported last, for the next one; empty once it has succeeded.
         more_memory: it ran out of device memory once, and was given more room than it asked for.
         args: only where ``?args=true`` asks for them.
-        result: what the function returned, once it has; null until then.
+        result: what the function returned, once it has; null until then, and where it is in a file.
+        result_file: of a result that is too large for the record: GET /v1/tasks/{task_id}/result has it.
     """
 
     memory_bytes: int
@@ -151,6 +164,7 @@ class TaskView(TaskSummary, frozen=True, kw_only=True):
     cancel_requested: bool = False
     args: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     result: AnyJson = msgspec.field(default_factory=no_result)
+    result_file: ResultFileView | None = None
 
 
 class TaskPage(msgspec.Struct, frozen=True):
@@ -646,6 +660,7 @@ def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
         cancel_requested=record.cancel_requested,
         args=spec.args if with_args else msgspec.UNSET,
         result=msgspec.Raw(b"null" if record.result is None else record.result),
+        result_file=None if record.result_file is None else ResultFileView(record.result_file.bytes, record.result_file.sha256),
     )
 
 
@@ -666,7 +681,11 @@ class JoinDask(msgspec.Struct, frozen=True):
 
 
 class JoinLimits(msgspec.Struct, frozen=True):
-    """Settings that are the same on all nodes of a cluster."""
+    """Settings that are the same on all nodes of a cluster.
+
+    Attributes:
+        results_url: where larger results go; empty: the cluster keeps them on its own machine.
+    """
 
     beat_s: float
     lease_beats: int
@@ -674,6 +693,8 @@ class JoinLimits(msgspec.Struct, frozen=True):
     grace_s: float
     result_bytes_max: int
     log_bytes_max: int
+    inline_bytes_max: int = 256 * KIB
+    results_url: str = ""
 
 
 class JoinView(msgspec.Struct, frozen=True):

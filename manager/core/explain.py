@@ -3,12 +3,13 @@
 The same look gives the same answer. Why one waits is `manager.core.waiting`'s; what nodes say is `manager.core.verdicts`'s.
 """
 
+from collections.abc import Sequence
 from typing import Final, assert_never
 
 import msgspec
 
 from manager.core.ahead import Ahead, Setup, ahead_for, is_serving
-from manager.core.lifecycle import SlotStatus, TaskStatus
+from manager.core.lifecycle import ACTIVE, AfterFailed, SlotStatus, TaskStatus
 from manager.core.model import ClusterState, QueueRow, TaskRecord
 from manager.core.needs import priority_rank
 from manager.core.quantities import format_duration
@@ -18,6 +19,35 @@ from manager.core.waiting import Answer, Place, Unblock, Why, answer_of
 
 NODES_SHOWN_MAX: Final = 200
 """Verdicts in one explanation: those of the nearest misses; a person reads no more. Groups of them count all."""
+PARENTS_NAMED_MAX: Final = 5
+"""Tasks that are named in one sentence; `unblocks` has all of them."""
+
+
+class Parent(msgspec.Struct, frozen=True):
+    """What a task comes after and that has not ended.
+
+    Attributes:
+        task_id: or an array's id.
+        standing: where it stands, in a word or two.
+    """
+
+    task_id: str
+    standing: str
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """What a task that is not queued waits for, as the store has it.
+
+    Attributes:
+        parents: what it comes after and that has not ended; of a task that is BLOCKED.
+        due_ms: when it is queued again; of a task that waits for another attempt.
+    """
+
+    parents: tuple[Parent, ...] = ()
+    due_ms: int | None = None
+
+
+NOTHING_PENDING: Final = Pending()
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +63,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         beside: how many tasks of other shapes have its priority: they and it take turns by fair share.
         slots_open, slots_opening: slots that serve its shape, and those that were asked for.
         wait_s: how long it has waited since it was last queued; null where it does not wait.
+        left_s: in how many seconds it fails because its time is up, unless it starts or ends before; null: it has no limit.
         start_s: in how many seconds it may start; null where too little is known to say.
         start_by: what `start_s` was made of; empty where there is none.
         nearest: the node that lacks least memory; null where memory is not the matter.
@@ -54,6 +85,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     slots_open: int = 0
     slots_opening: int = 0
     wait_s: float | None = None
+    left_s: float | None = None
     start_s: float | None = None
     start_by: str = ""
     nearest: WorkerVerdict | None = None
@@ -69,6 +101,7 @@ def explain(
     place: Place | None,
     now_ms: int,
     silent: frozenset[str] = frozenset(),
+    pending: Pending = NOTHING_PENDING,
     *,
     leads: bool = True,
 ) -> Explanation:
@@ -81,6 +114,7 @@ def explain(
         place: where it stands, if it is queued.
         now_ms: the store's time.
         silent: nodes that have not beaten for a lease, as the observer's own clock has it.
+        pending: what it waits for, if that is no queue.
         leads: whether a controller leads.
     """
     state = ahead.state
@@ -98,21 +132,22 @@ def explain(
         case TaskStatus.RUNNING:
             answer = Answer(*_running(record, now_ms, silent))
         case TaskStatus.RETRY_WAIT:
-            answer = Answer(Why.RETRY_WAIT, _retry(record))
+            answer = _retry(record, pending.due_ms, now_ms)
         case TaskStatus.BLOCKED:
-            answer = Answer(Why.WAITING_FOR_DEPENDENCIES, "It waits for other tasks to end.")
+            answer = _blocked(record, pending.parents)
         case TaskStatus.QUEUED:
             rank = priority_rank(msgspec.structs.replace(queue, head=record.score))
             answer = answer_of(queue, rank, place or Place(0), ahead, setup, verdicts, silent, leads=leads)
         case _:
             assert_never(record.status)
+    left_s, limits = _time_left(record, now_ms)
     waited = record.queued_ms if record.queued_ms is not None else record.created_ms
     is_queued = record.status is TaskStatus.QUEUED and place is not None
     return Explanation(
         task_id=record.task_id,
         status=record.status,
         reason=answer.reason,
-        message=answer.message,
+        message=answer.message + limits,
         memory_bytes=resources.memory_bytes,
         gpus=resources.gpus,
         learned_bytes=queue.learned_bytes if queue.learned_bytes > queue.shape.memory_bytes else 0,
@@ -122,6 +157,7 @@ def explain(
         slots_open=len(serving),
         slots_opening=sum(slot.status is SlotStatus.REQUESTED for slot in slots),
         wait_s=max(0, now_ms - waited) / 1000 if waits else None,
+        left_s=left_s,
         start_s=answer.start_s,
         start_by=answer.start_by,
         nearest=next((found for found in verdicts if found.short_by_bytes > 0), None),
@@ -175,10 +211,52 @@ def _running(record: TaskRecord, now_ms: int, silent: frozenset[str]) -> tuple[W
     return Why.RUNNING, f"It has been running on {record.node} for {for_s} (attempt {record.attempt})."
 
 
-def _retry(record: TaskRecord) -> str:
+def _retry(record: TaskRecord, due_ms: int | None, now_ms: int) -> Answer:
     allowed = record.spec.max_attempts if record.spec is not None else 1
-    why = f": {_error(record)}" if record.error is not None else ""
-    return f"Failure {record.failures} of the {allowed} that it may have{why} It is queued again after a pause."
+    why = f": {_error(record)}" if record.error is not None else "."
+    head = f"Failure {record.failures} of the {allowed} that it may have{why}"
+    if due_ms is None:
+        return Answer(Why.RETRY_WAIT, f"{head} It is queued again after a pause.")
+    left_s = max(0, due_ms - now_ms) / 1000
+    unblock = Unblock("its pause before the next attempt is over", left_s)
+    return Answer(Why.RETRY_WAIT, f"{head} It is queued again in {format_duration(left_s)}.", (unblock,))
+
+
+def _blocked(record: TaskRecord, parents: Sequence[Parent]) -> Answer:
+    if not parents:
+        return Answer(Why.WAITING_FOR_DEPENDENCIES, "All that it comes after has ended: it is queued within a moment.")
+    spec = record.spec
+    many = spec is not None and len(spec.after) > 1
+    which = f"{len(parents)} of the {len(spec.after)} that it comes after: " if spec is not None and many else ""
+    named = ", ".join(f"{parent.task_id} ({parent.standing})" for parent in parents[:PARENTS_NAMED_MAX])
+    more = f" and {len(parents) - PARENTS_NAMED_MAX} more" if len(parents) > PARENTS_NAMED_MAX else ""
+    if spec is not None and spec.after_failed is AfterFailed.RUN:
+        then = f"It runs however {'they end' if many else 'that ends'}."
+    else:
+        then = f"If {'one of them' if many else 'that'} does not succeed, it fails with DependencyFailed."
+    words = f"It waits for {which}{named}{more}. {then}"
+    return Answer(Why.WAITING_FOR_DEPENDENCIES, words, tuple(Unblock(f"{parent.task_id} ends") for parent in parents))
+
+
+def _time_left(record: TaskRecord, now_ms: int) -> tuple[float | None, str]:
+    """Seconds until its time is up, and a sentence about that."""
+    spec = record.spec
+    if spec is None or record.status not in ACTIVE:
+        return None, ""
+    ends = [spec.deadline_ms] if spec.deadline_ms else []
+    if spec.total_timeout_s:
+        ends.append(record.created_ms + int(spec.total_timeout_s * 1000))
+    end_s = (min(ends) - now_ms) / 1000 if ends else None
+    start_s = None
+    if spec.start_timeout_s and record.attempt == 0:
+        start_s = (record.created_ms - now_ms) / 1000 + spec.start_timeout_s
+    if start_s is not None and (end_s is None or start_s < end_s):
+        return max(0.0, start_s), f" It has {format_duration(max(0.0, start_s))} to start, else it fails with StartTimeout."
+    if end_s is None:
+        return None, ""
+    if end_s <= 0:
+        return 0.0, " Its time is up: it is being ended."
+    return end_s, f" It has {format_duration(end_s)} to end, else it fails with DeadlineExceeded."
 
 
 def _error(record: TaskRecord) -> str:

@@ -33,6 +33,11 @@ def id_in_array(array: str, index: int) -> str:
     return array[:-_INDEX_DIGITS] + digits
 
 
+def is_array_id(text: str) -> bool:
+    """Whether `text` could be an id of an array; one in a million of other ids could be too."""
+    return is_id(text) and text.endswith("0" * _INDEX_DIGITS)
+
+
 def is_id(text: str) -> bool:
     """Whether `text` could be an id of ours."""
     return _ID.match(text) is not None and len(text) == 26

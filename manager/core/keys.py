@@ -17,6 +17,7 @@ due                     zset    functions                  tasks in RETRY_WAIT, 
 exp                     zset    functions                  tasks that have a time limit to start or to end, by when it is up
 dn:TENANT               zset    functions                  final tasks of a tenant, by the time they ended (for retention)
 dt                      set     functions                  tenants that have final tasks
+done                    zset    functions                  final tasks of schema 1, until an upgrade puts them in dn:TENANT
 a:ID                    hash    functions                  one array: its request, and how many of its tasks have ended how
 ao                      set     functions                  arrays that have tasks without a record yet
 ar:TENANT               zset    functions                  arrays of a tenant, by sequence
@@ -146,6 +147,10 @@ class Keys(msgspec.Struct, frozen=True):
     @property
     def journal(self) -> str:
         return f"{self.prefix}journal"
+
+    @property
+    def due(self) -> str:
+        return f"{self.prefix}due"
 
     @property
     def events(self) -> str:

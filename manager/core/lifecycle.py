@@ -101,6 +101,9 @@ CRASHES_MAX: Final = 3
 REMOVED_EXIT: Final = 90
 """Exit status of an agent whose node was removed: who supervises it must not start it again. No shell or library uses it."""
 
+OUTDATED_EXIT: Final = 91
+"""Exit status of a process that is too old for its store: it is no use to start it again soon."""
+
 ROOM_AFTER_OUT_OF_MEMORY: Final = 1.5
 """A task whose device ran out of memory is tried once more with so many times the room."""
 

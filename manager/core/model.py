@@ -142,6 +142,7 @@ class ArrayRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         made: tasks of it that have their record; the others follow.
+        sequence: of its first task; those of the others follow without a gap.
     """
 
     array_id: str
@@ -149,6 +150,7 @@ class ArrayRow(msgspec.Struct, frozen=True, kw_only=True):
     function: str
     count: int
     made: int
+    sequence: int
     succeeded: int = 0
     failed: int = 0
     cancelled: int = 0

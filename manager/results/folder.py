@@ -101,14 +101,8 @@ class FolderResults:
         await self.remove([checked_name(file)])
 
     def folder(self, task_id: str) -> str:
-        """Made on demand; empty where it cannot be, which the task's own writing would have told it later."""
-        path = self.root / CHECKPOINTS / task_id
-        try:
-            path.mkdir(mode=FOLDER_MODE, exist_ok=True)
-        except OSError as error:
-            log.warning("checkpoint_folder_not_made", task=task_id, folder=str(path), error=words_of(error))
-            return ""
-        return str(path)
+        """Made by the function that first asks for it (``rocyard.checkpoint_folder``): most tasks keep none."""
+        return str(self.root / CHECKPOINTS / task_id)
 
     # --- for the API --------------------------------------------------------------------------------------------
 
@@ -127,6 +121,8 @@ class FolderResults:
 
     async def scan(self) -> AsyncIterator[list[Leftover]]:
         """All files, folder by folder. See `ResultStore`."""
+        if not await asyncio.to_thread((self.root / FILES).is_dir):
+            return  # no agent has been here yet
         now_s = await asyncio.to_thread(self._clock_s)
         folders = [WRITING, CHECKPOINTS, *(f"{FILES}/{name}" for name in await asyncio.to_thread(_names, self.root / FILES))]
         for folder in folders:

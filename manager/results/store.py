@@ -70,7 +70,7 @@ class ResultStore(Protocol):
         """Remove a result that no record will name; that it is gone already is well."""
 
     def folder(self, task_id: str) -> str:
-        """A folder for checkpoints that each attempt of the task sees; empty where there is none."""
+        """Where a task may make a folder for checkpoints that each of its attempts sees; empty where it cannot."""
 
     async def open(self, file: ResultFile) -> AsyncIterator[bytes]:
         """The bytes of a result. The last of them come only if they are all what was kept.

@@ -33,7 +33,7 @@ TASK_FIELDS: Final = (
     *("file", "claimed", "waits", "progress", "message", "checkpoint", "array", "index", "oom"),
 )
 ARRAY_FIELDS: Final = (
-    *("tenant", "function", "count", "made", "succeeded", "failed", "cancelled", "created", "spec"),
+    *("tenant", "function", "count", "made", "succeeded", "failed", "cancelled", "created", "spec", "sequence"),
 )
 _TRY: Final = b"try:"
 
@@ -118,13 +118,14 @@ def array(array_id: str, row: list[Any]) -> ArrayRow | None:
     """An array from its fields in the order of `ARRAY_FIELDS`; None where there is none."""
     if row[0] is None:
         return None
-    tenant, function, count, made, succeeded, failed, cancelled, created, spec = row
+    tenant, function, count, made, succeeded, failed, cancelled, created, spec, sequence = row
     return ArrayRow(
         array_id=array_id,
         tenant=_text(tenant),
         function=_text(function),
         count=int(count),
         made=int(made),
+        sequence=int(sequence),
         succeeded=int(succeeded or 0),
         failed=int(failed or 0),
         cancelled=int(cancelled or 0),

@@ -66,15 +66,27 @@ class Facts(msgspec.Struct, frozen=True):
     used: bool
 
 
+class Library(msgspec.Struct, frozen=True):
+    """A library of functions."""
+
+    version: int
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """What names its text."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+
 def library_source() -> str:
-    """The library of functions: its parts in one text."""
+    """The text of our library: its parts in one."""
     parts = sorted(files("manager.store").joinpath("lua").iterdir(), key=lambda part: part.name)
     return "#!lua name=rocyard\n" + "\n".join(part.read_text() for part in parts if part.name.endswith(".lua"))
 
 
-def digest_of(source: str) -> str:
-    """What names a library."""
-    return hashlib.sha256(source.encode()).hexdigest()
+def own_library() -> Library:
+    """The library that this code calls."""
+    return Library(LIBRARY_VERSION, library_source())
 
 
 async def read_facts(ask: Ask, keys: Keys) -> Facts:
@@ -107,35 +119,34 @@ async def identify(ask: Ask, keys: Keys, cluster: str) -> str:
     return (await read_facts(ask, keys)).cluster
 
 
-async def deploy(ask: Ask, keys: Keys) -> None:
-    """Load the library, unless the store has it or a newer one. Needs a connection to itself: it watches a key.
+async def deploy(ask: Ask, keys: Keys, library: Library | None = None) -> None:
+    """Load a library (ours), unless the store has it or a newer one. Needs a connection to itself: it watches a key.
 
     Raises:
-        StoreUnavailable: the library is gone, and was a newer one than ours.
+        StoreUnavailable: the store's library is gone, and was a newer one.
     """
-    source = library_source()
-    digest = digest_of(source)
+    own = library or own_library()
     for _ in range(TRIES):
         await ask("WATCH", keys.meta)
         facts = await read_facts(ask, keys)
         there = bool(await ask("FUNCTION", "LIST", "LIBRARYNAME", "rocyard"))
-        newer = facts.library_version > LIBRARY_VERSION
+        newer = facts.library_version > own.version
         if newer and not there:
             raise StoreUnavailable(
                 f"the store has lost its functions, and they were of version {facts.library_version}, newer than ours "
-                f"({LIBRARY_VERSION}): a process of the newer version loads them again"
+                f"({own.version}): a process of the newer version loads them again"
             )
-        if newer or (there and (facts.library_version, facts.library) == (LIBRARY_VERSION, digest)):
+        if newer or (there and (facts.library_version, facts.library) == (own.version, own.digest)):
             await ask("UNWATCH")
             return
         await ask("MULTI")
-        await ask("FUNCTION", "LOAD", "REPLACE", source)
-        await ask("HSET", keys.meta, "library", digest, "library_version", LIBRARY_VERSION)
+        await ask("FUNCTION", "LOAD", "REPLACE", own.source)
+        await ask("HSET", keys.meta, "library", own.digest, "library_version", own.version)
         done = await ask("EXEC")
         if done is not None:  # else somebody else was quicker: look again
             if isinstance(done[0], StoreReplyError):
                 raise done[0]
-            log.info("library_loaded", version=LIBRARY_VERSION, before=facts.library_version, digest=digest[:12])
+            log.info("library_loaded", version=own.version, before=facts.library_version, digest=own.digest[:12])
             return
     raise StoreUnavailable("the store's functions are replaced again and again: which processes run on it?")
 
@@ -164,6 +175,7 @@ class Membership:
         cluster: the identity that the store must have; empty: the first that it is seen to have.
         founder: whether this process gives an identity to a store that has none.
         on_outdated: called once, when the store has become too new for this process, which then must end.
+        library: the one that this process calls; None: ours.
     """
 
     def __init__(
@@ -173,12 +185,14 @@ class Membership:
         *,
         founder: bool = False,
         on_outdated: Callable[[], None] = lambda: None,
+        library: Library | None = None,
     ) -> None:
         self.cluster = cluster
         self.keys = keys or Keys()
         self.on_outdated = on_outdated
         self.refusal: StoreUnavailable | None = None
         self._founder = founder
+        self._library = library
 
     async def admit(self, ask: Ask) -> None:
         """Look at the store over a new connection, before anybody uses it.
@@ -197,7 +211,7 @@ class Membership:
             log.warning("store_founded", cluster=self.cluster)
         elif not self.cluster:
             self.cluster = facts.cluster
-        await deploy(ask, self.keys)
+        await deploy(ask, self.keys, self._library)
         self._note(None)
 
     async def still(self, ask: Ask) -> None:

@@ -48,6 +48,7 @@ from manager.core.model import (
     priority_offset,
 )
 from manager.core.shapes import Grant, Shape, encode_shape
+from manager.durability import SECTIONS, SETTINGS, Durability, durability_of, fsync_of, info_lines
 from manager.metrics import STORE_ERRORS, STORE_RECONNECTS
 from manager.store import rows, schema
 from manager.store.connection import StoreConnection, StoreReplyError
@@ -341,6 +342,15 @@ class Store:
         reply = await self._run("ry_cancel", task_id, tenant)
         return None if reply is None else TaskStatus(reply.decode())
 
+    async def status(self, task_id: str) -> TaskStatus | None:
+        """The status of a task, without the rest of its record."""
+        return _status(await self._raw("HGET", self.keys.task(task_id), "state") or b"")
+
+    async def due_ms(self, task_id: str) -> int | None:
+        """When a task that waits for another attempt is queued again."""
+        score = await self._raw("ZSCORE", self.keys.due, task_id)
+        return None if score is None else int(float(score))
+
     async def position(self, shape_id: str, score: int) -> int:
         """How many tasks of the shape stand before that score."""
         return int(await self._run("ry_position", shape_id, score))
@@ -356,6 +366,17 @@ class Store:
         attempt, out, err, dropped, err_dropped = await self._raw("HMGET", self.keys.task_log(task_id), *fields)
         from_stderr = int(err_dropped or 0)  # an older agent tells only the sum, which is taken for stdout's
         return KeptLog(int(attempt or 0), out or b"", err or b"", int(dropped or 0) - from_stderr, from_stderr)
+
+    async def log_extent(self, task_id: str) -> tuple[int, int, int]:
+        """The attempt, and how far each of its streams goes, as `kept_log` would tell: cheap, whatever was written."""
+        key = self.keys.task_log(task_id)
+        (attempt, dropped, err_dropped), out, err = await asyncio.gather(
+            self._raw("HMGET", key, "attempt", "dropped", "err_dropped"),
+            self._raw("HSTRLEN", key, "stdout"),
+            self._raw("HSTRLEN", key, "stderr"),
+        )
+        from_stderr = int(err_dropped or 0)
+        return int(attempt or 0), int(dropped or 0) - from_stderr + out, from_stderr + err
 
     async def keep_log(
         self, task_id: str, attempt: int, stdout: bytes, stderr: bytes, stdout_dropped: int, stderr_dropped: int = 0
@@ -677,12 +698,20 @@ class Store:
 
     async def fsync_policy(self) -> str:
         """What the server says of its durability: ``always``, ``everysec``, ``no``, ``off`` or ``unknown``."""
+        return fsync_of(await self._settings())
+
+    async def durability(self) -> Durability:
+        """Whether the server keeps what it accepts, by its settings and by how it fares."""
+        info = await self._raw("INFO", *SECTIONS)
+        return durability_of(await self._settings(), info_lines(info.decode()))
+
+    async def _settings(self) -> dict[str, str] | None:
+        """Settings of the server; None where they may not be read."""
         try:
-            flat = await self._raw("CONFIG", "GET", "append*")
+            flat = await self._raw("CONFIG", "GET", *SETTINGS)
         except StoreReplyError:
-            return "unknown"
-        found = {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}
-        return found.get("appendfsync", "unknown") if found.get("appendonly") == "yes" else "off"
+            return None
+        return {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}
 
 
 def connect(

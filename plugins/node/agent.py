@@ -26,6 +26,7 @@ from manager.core.model import BeatReply, NodeInfo
 from manager.core.selectors import labels_of
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS
+from manager.results import ResultStore
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
 from plugins.node.device_watch import DeviceWatch
@@ -76,6 +77,7 @@ class Agent:
         prober: Prober,
         directory: Path,
         socket_path: Path,
+        results: ResultStore,
     ) -> None:
         self.settings = settings
         self.node = node
@@ -83,6 +85,7 @@ class Agent:
         self.listener = listener
         self.prober = prober
         self.directory = directory
+        self.results = results
         self.socket_path = str(socket_path)
         self.incarnation = new_id()
         self.functions = Functions(settings.functions, dict(os.environ))
@@ -377,6 +380,8 @@ class Agent:
             scratch=self.directory / "slots",
             slots=self.settings.slots,
             tasks=self.settings.tasks,
+            results=self.results,
+            inline_bytes_max=self.settings.results.inline_bytes_max,
         )
 
 

@@ -281,7 +281,11 @@ class Executor:
             case wire.Note():
                 call = self.current
                 # A thread may outlive its task, and what it says then is about nothing that runs.
-                if self._on_note is not None and call is not None and (call.task_id, call.attempt) == (message.task_id, message.attempt):
+                if (
+                    self._on_note is not None
+                    and call is not None
+                    and (call.task_id, call.attempt) == (message.task_id, message.attempt)
+                ):
                     self._call_back(self._on_note, message)
             case wire.Ready():
                 self.pid, self.python = message.pid, message.python

@@ -12,12 +12,14 @@ from typing import Final
 import uvloop
 
 from manager.core.addresses import is_wildcard
-from manager.core.errors import StoreUnavailable
+from manager.core.errors import StartError, StoreUnavailable
 from manager.core.lifecycle import REMOVED_EXIT
 from manager.log import configure_logging, get_logger
 from manager.metrics import serve_metrics
+from manager.results import ResultStore, open_results
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
+from manager.store.schema import Membership
 from manager.store.store import connect
 from manager.tls import Role, metrics_context, metrics_url
 from plugins.node.agent import Agent, install_signals, service_record
@@ -35,6 +37,7 @@ async def serve(settings: Settings) -> bool:
 
     Raises:
         StartError: no devices, or an address that cannot be bound.
+        StoreTooNew: the store's data are newer than this agent can work with.
     """
     node = settings.node.name or socket.gethostname()
     directory = _node_directory(settings, node)
@@ -48,10 +51,13 @@ async def serve(settings: Settings) -> bool:
         deadline_s=settings.node.probe_deadline_s,
     )
     url, deadline_s = settings.store.url.value, settings.store.deadline_s
-    store = connect(url, deadline_s, f"agent-{node}")
+    membership = Membership(settings.store.cluster)
+    store = connect(url, deadline_s, f"agent-{node}", membership=membership)
     listener = StoreConnection(url, deadline_s, f"agent-{node}-wake")
     with _socket_directory(directory) as sockets:
-        agent = Agent(settings, node, store, listener, prober, directory, sockets / "agent.sock")
+        results = _results(settings, directory / "results")
+        agent = Agent(settings, node, store, listener, prober, directory, sockets / "agent.sock", results)
+        membership.on_outdated = agent.stop
         install_signals(agent)
         host = settings.node.metrics_host
         secure = metrics_context(settings, Role.NODE, host)
@@ -59,12 +65,14 @@ async def serve(settings: Settings) -> bool:
         url = metrics_url(node_host(settings) if is_wildcard(host) else host, port, secure)
         announcing = asyncio.create_task(_announce(store, f"node/{node}", url))
         try:
-            return await agent.run(url)
+            removed = await agent.run(url)
         finally:
             announcing.cancel()
             stop_metrics()
             await listener.close()
             await store.connection.close()
+        membership.raise_if_outdated()
+        return removed
 
 
 def _node_directory(settings: Settings, node: str) -> Path:
@@ -73,6 +81,15 @@ def _node_directory(settings: Settings, node: str) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     (directory / "agent.sock").unlink(missing_ok=True)
     return directory
+
+
+def _results(settings: Settings, scratch: Path) -> ResultStore:
+    """The results store. One that is away must not keep the node from tasks with small results."""
+    try:
+        return open_results(settings, scratch)
+    except StartError as error:
+        log.error("results_store_unusable", error=str(error))
+        return open_results(settings, scratch, prepare=False)
 
 
 @contextlib.contextmanager

@@ -5,15 +5,18 @@ store's decision; what happens inside the executor is `SlotExecutor`'s.
 """
 
 import asyncio
+import contextlib
 import time
+from itertools import zip_longest
 from typing import Final
 
-from manager.core.errors import StoreUnavailable
+from manager.core.errors import StoreFull, StoreUnavailable
 from manager.core.lifecycle import FINAL, Outcome, TaskStatus
 from manager.core.model import Claim, End, MemoryNote, NextReply
 from manager.core.shapes import Grant, Shape
 from manager.log import get_logger
 from manager.metrics import LOOP_ERRORS, TASK_DURATION, TASK_RETRIES, TASKS
+from plugins.node.attempt_ends import discard_result
 from plugins.node.slot_executor import Ending, SlotContext, SlotExecutor
 
 BATCH_S: Final = 0.005
@@ -146,6 +149,7 @@ class SlotRunner:
             work.news.clear()
             if work.busy:
                 await self._report_long()
+                await self._report_notes()
                 if (work.ends or work.outputs) and (await self._next(0)).word == "FENCED":
                     self.end(Ending.FENCED)
 
@@ -159,6 +163,20 @@ class SlotRunner:
         except StoreUnavailable as error:
             log.warning("start_not_reported", slot=self.slot_id, task=long.task_id, error=str(error))
 
+    async def _report_notes(self) -> None:
+        try:
+            await self._tell_notes()
+        except StoreUnavailable as error:  # they are told with the end of the attempt, or with the next of them
+            log.warning("notes_not_reported", slot=self.slot_id, error=str(error))
+
+    async def _tell_notes(self) -> None:
+        """Tell the store what running functions have reported; raises StoreUnavailable."""
+        notes = dict(self.work.notes)
+        if notes:
+            with contextlib.suppress(StoreFull):  # it has no room for what only helps: ends must pass
+                await self.context.store.progress(self.slot_id, self.context.incarnation, notes.values())
+            self.work.noted(notes)
+
     # --- the store ----------------------------------------------------------------------------------------------
 
     async def _next(self, n: int) -> NextReply:
@@ -168,8 +186,9 @@ class SlotRunner:
         while True:
             ends, outputs = tuple(self.work.ends), tuple(self.work.outputs)
             try:
+                await self._tell_notes()  # before the end of their attempt: the next one is to find its checkpoint
                 for out in outputs:
-                    await store.keep_log(out.task_id, out.attempt, out.stdout, out.stderr, out.dropped_bytes)
+                    await store.keep_log(out.task_id, out.attempt, *out.output)
                 reply = await store.next(self.slot_id, self.context.incarnation, n, ends)
             except StoreUnavailable as error:
                 if self._closing is Ending.FENCED:
@@ -181,7 +200,23 @@ class SlotRunner:
             del self.work.ends[: len(ends)]
             self.work.outputs = [out for out in self.work.outputs if out not in outputs]
             _count(ends, reply.statuses)
+            await self._discard(ends, reply.statuses)
             return reply
+
+    async def _discard(self, ends: tuple[End, ...], statuses: tuple[TaskStatus | None, ...]) -> None:
+        """Remove the results of ends that came too late, and of these only what no record names: an end that was sent twice
+        seems to have come too late when only its answer has.
+        """
+        late = [end for end, status in zip_longest(ends, statuses) if end is not None and status is None]
+        for end in late:
+            if end.file is None:
+                continue
+            try:
+                record = await self.context.store.task(end.task_id)
+            except StoreUnavailable:  # the leader's scan finds it
+                continue
+            if record is None or record.result_file is None or record.result_file.name != end.file.name:
+                await discard_result(self.context.results, end.file)
 
     async def _close(self, reason: str) -> str:
         """Tell the store that the slot has ended, for as long as that takes."""

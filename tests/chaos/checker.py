@@ -6,6 +6,7 @@ between its start and its next one. Everything else that ran twice is unexplaine
 """
 
 import itertools
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -85,6 +86,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         """What breaks the promise; empty: nothing."""
         names = ("lost", "unfinished", "duplicated", "wrong", "unexplained", "unexpected", "inconsistent", "died")
         return {name: found for name in names if (found := getattr(self, name))}
+
+
+_ERRORS: Final = {Due.FAILED: "RuntimeError", Due.POISON: "ExecutorCrashed", Due.LATE: "DeadlineExceeded"}
 
 
 class _Submissions:
@@ -187,6 +191,8 @@ def _replaced(rows: dict[str, Row]) -> Iterable[str]:
     """A result that another attempt than the newest has brought."""
     for row in rows.values():
         if row.state == "SUCCEEDED":
+            if row.damage:
+                continue
             result = msgspec.json.decode(row.result) if row.result else {}
             if result.get("attempt") != row.attempt or result.get("key") != row.key:
                 yield f"{row.task} of attempt {row.attempt} ({row.key}) has the result {row.result}"
@@ -197,19 +203,35 @@ def _wrong(said: _Submissions, rows: dict[str, Row], notes: dict[str, list[Note]
         due = said.due.get(row.key)
         if row.state not in FINAL or due is None:
             continue
+        if row.damage:
+            yield f"{row.task} succeeded, and its result is damaged: {row.damage}"
+            continue
+        if early := _too_early(row, notes):
+            yield early
         if others := said.told[row.task] - {row.state}:
             yield f"{row.task} is {row.state}, and a client was told {', '.join(sorted(others))}"
         if row.state == "CANCELLED":
             if row.task not in said.asked_to_cancel:
                 yield f"{row.task} was cancelled, and nobody had asked for that"
+        elif any(rows[parent].state != "SUCCEEDED" for parent in row.after if parent in rows) and not row.whatever:
+            if row.error != "DependencyFailed":
+                yield f"{row.task} is {row.state} ({row.error or 'no error'}), and what it waited for has not succeeded"
         elif row.state == "FAILED":
-            wanted = {Due.FAILED: "RuntimeError", Due.POISON: "ExecutorCrashed"}.get(due)
-            if row.error != wanted:
+            if row.error != _ERRORS.get(due):
                 yield f"{row.task} failed with {row.error}, and must end as {due}"
         elif due is not Due.SUCCEEDED:
             yield f"{row.task} succeeded, and must end as {due}"
         elif not any(note.event == "end" and note.attempt == row.attempt for note in notes[row.task]):
             yield f"{row.task} succeeded in attempt {row.attempt}, and no task has written that it came to its end there"
+
+
+def _too_early(row: Row, notes: dict[str, list[Note]]) -> str:
+    """Whether it began before one that it waited for had come to its end."""
+    began = min((note.at for note in notes.get(row.task, ()) if note.event == "start"), default=math.inf)
+    for parent in row.after:
+        if any(note.at > began for note in notes.get(parent, ())):
+            return f"{row.task} started at {began:.3f}, before {parent}, which it waited for, was done"
+    return ""
 
 
 def _died(run: Run, faults: Sequence[Fault]) -> Iterable[str]:

@@ -20,6 +20,7 @@ import psutil
 from manager import ports
 from manager.children import Child, Command, tied
 from manager.fleet import with_simulated_group
+from manager.results import with_default_folder
 from manager.settings import Secret
 from manager.settings_load import load_settings
 from manager.store.server import HOST, find_program
@@ -124,6 +125,7 @@ class ChaosCluster(Cluster):
         (directory / "rocyard.yaml").write_text(json.dumps({"functions": functions}))
         self.proxy = Proxy(HOST, self.store_port)
         self.disk = directory / "data" / "store"
+        self.results = directory / "data" / "results"
         self._mounted = False
         self._second: Child | None = None
 
@@ -161,6 +163,8 @@ class ChaosCluster(Cluster):
 
     async def end(self) -> None:
         """End everything."""
+        if self._second is not None:
+            await self._second.stop()
         if self.process is not None:
             family = self.family() if self.process.poll() is None else []
             # Its death ends everything below it; what came after all to be left behind is ended here.
@@ -168,8 +172,6 @@ class ChaosCluster(Cluster):
             self.process.wait()
             for survivor in (await asyncio.to_thread(psutil.wait_procs, family, 5))[1]:
                 survivor.kill()
-        if self._second is not None:
-            await self._second.stop()
         await self.proxy.close()
         if self._mounted:
             await asyncio.to_thread(subprocess.run, ["umount", "-l", str(self.disk)], check=False)
@@ -188,7 +190,7 @@ class ChaosCluster(Cluster):
     def _controller(self) -> Command:
         """A second candidate for leader, as ``rocyard up`` would start it."""
         environ = {**self.environ, "ROCYARD_NODE__SIMULATE": FLEET, "ROCYARD_NODE__DEVICES": "simulated"}
-        settings = with_simulated_group(load_settings(None, environ, {}))
+        settings = with_simulated_group(with_default_folder(load_settings(None, environ, {})))
         store = msgspec.structs.replace(settings.store, url=Secret(self.store_url()))
         settings = msgspec.structs.replace(settings, store=store)
         argv = (sys.executable, "-m", "manager.cli.process", "controller")

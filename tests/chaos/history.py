@@ -27,6 +27,7 @@ class Due(enum.StrEnum):
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"  # its function raises whenever it is run
     POISON = "POISON"  # it takes its executor down whenever it is run
+    LATE = "LATE"  # it takes longer than the time that it has been given in all
 
 
 class Outcome(enum.StrEnum):
@@ -111,7 +112,15 @@ class TaskEnd(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A task as it lay in the store at the end. `key` is of its arguments."""
+    """A task as it lay in the store at the end.
+
+    Attributes:
+        key: of its arguments; of a task of an array with its index.
+        result: as its function returned it, from the record or from the results store.
+        damage: what is wrong with its file in the results store; empty: nothing, or it has none.
+        after: tasks that it had to wait for.
+        whatever: whether it was to run even if those did not succeed.
+    """
 
     task: str
     state: str
@@ -122,6 +131,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     losses: int = 0
     error: str = ""
     result: str = ""
+    damage: str = ""
+    after: tuple[str, ...] = ()
+    whatever: bool = False
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

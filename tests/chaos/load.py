@@ -13,7 +13,7 @@ from typing import Any, Final
 import httpx
 import msgspec
 
-from manager.core.answers import Accepted
+from manager.core.ids import id_in_array
 from tests.chaos.history import Call, Due, Outcome, Writer, now
 
 CLIENTS: Final = 8
@@ -24,30 +24,33 @@ AGAIN_S: Final = 0.3
 ATTEMPTS_MAX: Final = 40
 """Sends of one submission: longer than any fault stays."""
 RECENT: Final = 64
-SAFE: Final = "replayed" in Accepted.__struct_fields__
-"""Whether the API knows the header Idempotency-Key."""
 MEMORIES: Final = ("1GiB", "16GiB", "60GiB", "120GiB")
 MIX: Final = {
-    "quick": 46,
-    "short": 25,
+    "quick": 40,
+    "short": 24,
     "long": 10,
     "pair": 5,
+    "large": 5,
     "fails": 4,
     "flaky": 5,
     "shaky": 3,
     "poison": 2,
+    "late": 2,
 }
+GROUPS: Final = {"one": 90, "batch": 3, "chain": 5, "array": 2}
+LARGE_BYTES: Final = 400_000
+"""More than lies in a record."""
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """One task to submit: the body without key and path, and how it must end."""
+    """One task to submit, or an array of `count`: the body without key and path, and how it must end. `after`: in a batch."""
 
     function: str
     args: dict[str, Any]
     due: Due
     memory: str
     gpus: int = 1
-    max_attempts: int = 1
+    more: dict[str, Any] = {}
 
 
 def draw(chance: random.Random) -> Submission:
@@ -64,13 +67,44 @@ def draw(chance: random.Random) -> Submission:
         case "pair":
             return Submission("chaos-work", {"seconds": round(chance.uniform(0, 0.5), 3)}, Due.SUCCEEDED, memory, gpus=2)
         case "fails":
-            return Submission("chaos-fail", {"times": 1000}, Due.FAILED, memory, max_attempts=chance.choice((1, 2)))
+            return Submission("chaos-fail", {"times": 1000}, Due.FAILED, memory, more={"max_attempts": chance.choice((1, 2))})
         case "flaky":
-            return Submission("chaos-fail", {"times": 1}, Due.SUCCEEDED, memory, max_attempts=2)
+            return Submission("chaos-fail", {"times": 1}, Due.SUCCEEDED, memory, more={"max_attempts": 2})
+        case "large":
+            return Submission("chaos-work", {"seconds": 0.05, "size": LARGE_BYTES}, Due.SUCCEEDED, memory)
+        case "late":
+            limit = {"total_timeout": chance.choice((1, 2, 3))}
+            return Submission("chaos-work", {"seconds": 600}, Due.LATE, memory, more=limit)
         case "shaky":
             return Submission("chaos-crash", {"times": 1}, Due.SUCCEEDED, memory)
         case _:
             return Submission("chaos-crash", {"times": 1000}, Due.POISON, memory)
+
+
+def draw_group(chance: random.Random) -> list[Submission]:
+    """What the next request submits."""
+    match chance.choices(list(GROUPS), list(GROUPS.values()))[0]:
+        case "batch":
+            return [draw(chance) for _ in range(chance.randint(2, 8))]
+        case "chain":
+            # The last one waits for the first two, and is to run whatever becomes of them, or not.
+            parents = [draw(chance), draw(chance)]
+            after = {"after": [0, 1], "after_failed": chance.choice(("fail", "run"))}
+            return [*parents, Submission("chaos-work", {"seconds": 0.1}, Due.SUCCEEDED, chance.choice(MEMORIES), more=after)]
+        case "array":
+            count = {"count": chance.randint(2, 12), "index_as": "index"}
+            return [Submission("chaos-work", {"seconds": 0.1}, Due.SUCCEEDED, chance.choice(MEMORIES), more=count)]
+        case _:
+            return [draw(chance)]
+
+
+def keys_of(name: str, wanted: list[Submission]) -> dict[str, Due]:
+    """The keys of all tasks of one request, in the order of their ids."""
+    keys = {}
+    for at, one in enumerate(wanted):
+        count = one.more.get("count", 0)
+        keys |= {f"{name}-{at}/{index}": one.due for index in range(count)} if count else {f"{name}-{at}": one.due}
+    return keys
 
 
 class Load:
@@ -118,8 +152,7 @@ class Load:
             if following > until:
                 return
             await asyncio.sleep(max(0.0, following - now()))
-            size = chance.randint(2, 8) if chance.random() < 0.03 else 1
-            await self._submit([draw(chance) for _ in range(size)], f"{self.seed}-{number}-{next(self._numbers)}")
+            await self._submit(draw_group(chance), f"{self.seed}-{number}-{next(self._numbers)}")
             if chance.random() < 0.15 and self._recent:
                 await self._look(chance.choice(tuple(self._recent)), chance.choice(("0", "0.5", "2")))
             if chance.random() < 0.06 and self._recent:
@@ -128,15 +161,15 @@ class Load:
     # --- calls --------------------------------------------------------------------------------------------------
 
     async def _submit(self, wanted: list[Submission], name: str) -> None:
-        keys = {f"{name}-{at}": one.due for at, one in enumerate(wanted)}
+        keys = keys_of(name, wanted)
         bodies = [
             {
                 "function": one.function,
-                "args": {"path": self.witness, "key": key, **one.args},
+                "args": {"path": self.witness, "key": f"{name}-{at}", **one.args},
                 "resources": {"memory": one.memory, "gpus": one.gpus},
-                "max_attempts": one.max_attempts,
+                **one.more,
             }
-            for key, one in zip(keys, wanted, strict=True)
+            for at, one in enumerate(wanted)
         ]
         path, body = ("/v1/tasks", bodies[0]) if len(bodies) == 1 else ("/v1/tasks/batch", {"tasks": bodies})
         self.attempted += len(keys)
@@ -147,6 +180,8 @@ class Load:
             if isinstance(answer, httpx.Response) and outcome is Outcome.OK:
                 said = answer.json()
                 ids = tuple(one["task_id"] for one in said.get("tasks", [said]))
+                if count := said.get("count", 0):
+                    ids = tuple(id_in_array(ids[0], index) for index in range(count))
                 self._recent += ids
                 self.acknowledged += len(ids)
                 self._tell(call, outcome, ids=ids, status=answer.status_code, replayed=said.get("replayed", False))
@@ -154,8 +189,6 @@ class Load:
             status = answer.status_code if isinstance(answer, httpx.Response) else 0
             self._tell(call, outcome, status=status)
             if 400 <= status < 500 and status != 429:
-                return
-            if outcome is Outcome.UNKNOWN and not SAFE:
                 return
             await asyncio.sleep(AGAIN_S)
 

@@ -81,7 +81,7 @@ async def _run(seed: int, seconds: float, folder: Path, cluster: ChaosCluster, s
         watching.cancel()
         await asyncio.gather(telling, watching, return_exceptions=True)
     ended = now()
-    recount = await dump_store(cluster.direct_store_url, rows)
+    recount = await dump_store(cluster.direct_store_url, rows, cluster.results)
     done = Run(
         seed=seed,
         seconds=seconds,

@@ -112,6 +112,42 @@ def _innocent_failed(past: Past) -> None:
     past.ends = [TaskEnd("1-0", "t", "FAILED", 1)]
 
 
+def _damaged(past: Past) -> None:
+    past.rows = [msgspec.structs.replace(past.rows[0], result="", damage="no such file")]
+
+
+def _after(past: Past, state: str, error: str = "", began: float = 4.0) -> None:
+    """A second task, that waits for the first one."""
+    past.calls += [
+        Call(number=2, outcome=Outcome.INVOKE, op="submit", at=0, keys={"l": Due.SUCCEEDED}),
+        Call(number=2, outcome=Outcome.OK, op="submit", at=1, keys={"l": Due.SUCCEEDED}, ids=("u",), status=202),
+    ]
+    result = '{"key":"l","attempt":1}' if state == "SUCCEEDED" else ""
+    past.rows.append(Row(task="u", state=state, key="l", attempt=1, error=error, result=result, after=("t",)))
+    past.ends.append(TaskEnd("2-0", "u", state, 1))
+    if state == "SUCCEEDED":
+        past.notes += [Note("start", "u", 1, "l", began, 10, 1), Note("end", "u", 1, "l", began + 1, 10, 1)]
+
+
+def _parent_fails(past: Past) -> None:
+    past.calls = [msgspec.structs.replace(call, keys={"k": Due.FAILED}) for call in past.calls]
+    past.rows = [Row(task="t", state="FAILED", key="k", attempt=1, error="RuntimeError")]
+    past.ends = [TaskEnd("1-0", "t", "FAILED", 1)]
+
+
+def _child_of_a_failed_parent_ran(past: Past) -> None:
+    _parent_fails(past)
+    _after(past, "SUCCEEDED")
+
+
+def _child_before_its_parent(past: Past) -> None:
+    _after(past, "SUCCEEDED", began=2.5)
+
+
+def _child_failed_for_nothing(past: Past) -> None:
+    _after(past, "FAILED", "DependencyFailed")
+
+
 def _never_ran(past: Past) -> None:
     past.notes = []
 
@@ -160,6 +196,10 @@ def _fault_after_the_rerun(past: Past) -> None:
         (_cancelled_by_nobody, "wrong"),
         (_innocent_failed, "wrong"),
         (_never_ran, "wrong"),
+        (_damaged, "wrong"),
+        (_child_of_a_failed_parent_ran, "wrong"),
+        (_child_before_its_parent, "wrong"),
+        (_child_failed_for_nothing, "wrong"),
         (_submitted_by_nobody, "unexpected"),
         (_does_not_add_up, "inconsistent"),
         (_crashed, "died"),
@@ -194,6 +234,13 @@ def test_a_fault_of_its_own_explains_that_a_task_ran_again(tmp_path: Path, met: 
     assert verdict.problems == {}
     assert verdict.explained == {kind: 1}
     assert verdict.recovery.keys() <= {kind}
+
+
+def test_a_child_follows_its_parent_into_failure(tmp_path: Path) -> None:
+    past = Past()
+    _parent_fails(past)
+    _after(past, "FAILED", "DependencyFailed")
+    assert past.check(tmp_path).problems == {}
 
 
 def test_the_time_to_recover_is_from_the_fault_to_the_next_start(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from manager.core.model import Claim, End, Submission, TaskSpec
 from manager.core.quantities import GIB
 from manager.core.shapes import Resources, shape_id, shape_of
 from manager.store import Store, StoreConnection
+from manager.store.schema import library_source
 from manager.store.server import EmbeddedStore, ServerSpec, is_ready
-from manager.store.store import library_source
 from tests.chaos import history
 from tests.chaos.checker import Verdict, check
 from tests.chaos.cluster import Unavailable, build_synced, install_program
@@ -73,7 +73,7 @@ class Alone:
         connection = StoreConnection(url, 5.0, "control")
         await watch.look(connection)
         await connection.close()
-        recount = await dump_store(url, self.rows)
+        recount = await dump_store(url, self.rows, self.folder / "results")
         run = Run(seed=0, seconds=0, heal_s=0, began=0, ended=now(), program="", cpus=1, recount=recount)
         (self.folder / history.RUN).write_bytes(msgspec.json.encode(run))
         return check(self.folder)

@@ -5,10 +5,11 @@ Reads the store itself, past the proxy; a store that is away is waited for. It c
 
 import asyncio
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -107,15 +108,19 @@ class Watch:
         return {pid: note.agent for pid, note in newest.items() if note.event == "start"}
 
 
-async def dump_store(url: str, rows: Writer) -> str:
-    """Write down every task as it lies in the store; what a recount of everything in it finds wrong, empty: nothing."""
+async def dump_store(url: str, rows: Writer, results: Path) -> str:
+    """Write down every task as it lies in the store, with its result; what a recount of the store finds wrong, empty: nothing.
+
+    Args:
+        results: the folder of large results.
+    """
     store = Store(StoreConnection(url, DUMP_S, "chaos-dump"))
     try:
         found = await store_harness.dump(store)
     finally:
         await store.connection.close()
     for task_id, task in found.tasks.items():
-        rows.write(_row(task_id, task))
+        rows.write(_row(task_id, task, found.hashes.get(f"a:{task.get('array', '')}", {}), results))
     return recount(found)
 
 
@@ -132,16 +137,34 @@ def recount(found: store_harness.Dump) -> str:
     return ""
 
 
-def _row(task_id: str, task: dict[str, str]) -> Row:
-    error = json.loads(task["error"])["type"] if task.get("error") else ""
+def _row(task_id: str, task: dict[str, str], array: dict[str, str], results: Path) -> Row:
+    spec = json.loads(task.get("spec") or array["spec"])
+    key = spec["args"].get("key", "")
+    result, damage = task.get("result", ""), ""
+    if task.get("file"):
+        result, damage = _from_file(json.loads(task["file"]), results)
     return Row(
         task=task_id,
         state=task["state"],
-        key=json.loads(task["spec"])["args"].get("key", ""),
+        key=f"{key}/{task['index']}" if array else key,
         attempt=int(task["attempt"]),
         failures=int(task.get("failures") or 0),
         crashes=int(task.get("crashes") or 0),
         losses=int(task.get("losses") or 0),
-        error=error,
-        result=task.get("result", ""),
+        error=json.loads(task["error"])["type"] if task.get("error") else "",
+        result=result,
+        damage=damage,
+        after=tuple(spec.get("after", ())),
+        whatever=spec.get("after_failed") == "run",
     )
+
+
+def _from_file(reference: dict[str, Any], results: Path) -> tuple[str, str]:
+    """A result that lies in a file, without what only made it large; and what is wrong with the file."""
+    try:
+        content = (results / reference["name"]).read_bytes()
+    except OSError as error:
+        return "", str(error)
+    if len(content) != reference["bytes"] or hashlib.sha256(content).hexdigest() != reference["sha256"]:
+        return "", f"{reference['name']} has {len(content)} bytes, and is not what was committed: {reference}"
+    return json.dumps({**json.loads(content), "more": ""}), ""

@@ -34,7 +34,7 @@ async def forget_all(lab: Lab) -> None:
     """Whatever has ended is swept."""
     if not lab.token:
         await lab.lead()
-    while (await lab.store.sweep(lab.token, 10**15, 0, 0))[0]:
+    while (await lab.store.sweep(lab.token, 10**15, 0, 0)).tasks:
         pass
 
 

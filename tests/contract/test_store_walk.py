@@ -18,6 +18,7 @@ from manager.core.errors import QuotaExceeded, RegistrationRefused
 from manager.core.ids import new_id
 from manager.core.lifecycle import FINAL, Cordon, Outcome, SlotFlag, SlotStatus, TaskStatus
 from manager.core.model import BeatReply, Claim, ClusterState, End, NextReply, TenantRow
+from manager.store.store import Swept
 from tests.contract.store_harness import Lab, StoreServer, Violation, check_invariants, connected, granted, info, submission
 
 SEEDS = 40
@@ -363,7 +364,7 @@ class Walk:
         leader = self.rng.choice(self.leaders)
         if leader.token:
             answer = await self.store.sweep(leader.token, 0, FORGETFUL, 0)
-            if leader.token != self.token and answer != (0, 0):
+            if leader.token != self.token and answer != Swept(0, 0):
                 raise Violation("old-leader-refused", f"swept {answer}")
 
     async def again(self) -> None:

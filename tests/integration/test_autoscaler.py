@@ -25,17 +25,18 @@ from tests.integration.cluster import Cluster, eventually, program_or_skip
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 PERIOD_S = 1.0
+DEVICES = 4  # of a node of the group
 GROUP = {
     "ROCYARD_AUTOSCALER__MODE": "active",
     "ROCYARD_AUTOSCALER__PERIOD_S": str(PERIOD_S),
     "ROCYARD_AUTOSCALER__TERM_S": "3",
-    "ROCYARD_AUTOSCALER__DOWN_WINDOW_S": "4",
+    "ROCYARD_AUTOSCALER__DOWN_WINDOW_S": "2",
     "ROCYARD_AUTOSCALER__METRICS_STALE_S": "8",
     "ROCYARD_AUTOSCALER__STEP_UP_MAX": "2",
     # One slot for each task, however long those before it took.
     "ROCYARD_AUTOSCALER__DRAIN_TARGET_S": "0.1",
     "ROCYARD_SLOTS__OPEN_DEADLINE_S": "3",
-    "ROCYARD_GROUPS__BIG__DEVICES": "8:mi300x",
+    "ROCYARD_GROUPS__BIG__DEVICES": f"{DEVICES}:mi300x",
     "ROCYARD_GROUPS__BIG__WORKERS_MIN": "0",
     "ROCYARD_GROUPS__BIG__WORKERS_MAX": "6",
 }
@@ -100,10 +101,10 @@ def _empty(cluster: Cluster) -> None:
 
 def test_work_gets_its_packed_need_in_two_periods_and_the_nodes_go_under_running_tasks(scaled: Cluster) -> None:
     before = len(_decisions(scaled))
-    short, tasks = _gated(scaled, "short", 30)
+    short, tasks = _gated(scaled, "short", 4 * DEVICES - 2)
     long, kept = _gated(scaled, "long", 2)
-    eventually(lambda: sum(bool(scaled.started(t)) for t in (*tasks, *kept)) == 32, 90, "32 running tasks")
-    assert len(_added(scaled, before)) == 4, "32 whole devices are four nodes of eight, and no more"
+    eventually(lambda: all(scaled.started(task) for task in (*tasks, *kept)), 90, "all tasks at once")
+    assert len(_added(scaled, before)) == 4, "so many whole devices are four nodes, and no more"
     new = _decisions(scaled)[: len(_decisions(scaled)) - before][::-1]
     first_two = [decision for decision in new if decision.groups[0].need][:2]
     assert sum(len(action.names) for decision in first_two for action in decision.actions if action.action == "add") == 4
@@ -127,7 +128,7 @@ def test_work_gets_its_packed_need_in_two_periods_and_the_nodes_go_under_running
 def test_killed_in_the_middle_of_a_scale_up_all_converge_without_orphans(scaled: Cluster) -> None:
     _empty(scaled)
     before = len(_decisions(scaled))
-    gate, tasks = _gated(scaled, "killed", 32)
+    gate, tasks = _gated(scaled, "killed", 4 * DEVICES)
     eventually(
         lambda: _agents(scaled) > 0,
         20,
@@ -138,7 +139,7 @@ def test_killed_in_the_middle_of_a_scale_up_all_converge_without_orphans(scaled:
         victim.send_signal(signal.SIGKILL)
     for role, victim in victims.items():
         scaled.wait_role(role, victim.pid)
-    eventually(lambda: sum(bool(scaled.started(task)) for task in tasks) == 32, 90, "32 running tasks")
+    eventually(lambda: all(scaled.started(task) for task in tasks), 90, "all tasks at once")
     assert len(_group_nodes(scaled)) == _agents(scaled) == 4
     eventually(lambda: _answers(scaled), 20, "the API")
     assert len(_added(scaled, before)) <= 4  # what a killed autoscaler did last may not stand in the journal
@@ -232,7 +233,9 @@ def test_a_real_prometheus_scrapes_every_process_and_the_autoscaler_decides_from
     program = program_or_skip("prometheus", "prometheus")
     port = ports.free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
-    cluster = Cluster(tmp_path, {**GROUP, "ROCYARD_AUTOSCALER__PROMETHEUS_URL": url}, simulate=BASE)
+    # It goes silent within the window in which nothing goes yet.
+    environ = {**GROUP, "ROCYARD_AUTOSCALER__PROMETHEUS_URL": url, "ROCYARD_AUTOSCALER__DOWN_WINDOW_S": "4"}
+    cluster = Cluster(tmp_path, environ, simulate=BASE)
     prometheus: subprocess.Popen[bytes] | None = None
     try:
         cluster.start()
@@ -255,8 +258,8 @@ def test_a_real_prometheus_scrapes_every_process_and_the_autoscaler_decides_from
         eventually(lambda: not _decisions(cluster)[0].metrics, 20, "a decision from Prometheus")
 
         before = len(_decisions(cluster))
-        gate, tasks = _gated(cluster, "prometheus", 9)
-        eventually(lambda: sum(bool(cluster.started(task)) for task in tasks) == 9, 60, "nine running tasks")
+        gate, tasks = _gated(cluster, "prometheus", DEVICES + 1)
+        eventually(lambda: all(cluster.started(task) for task in tasks), 60, "all tasks at once")
         assert len(_added(cluster, before)) == 2
         gate.touch()
         cluster.wait_all(tasks)

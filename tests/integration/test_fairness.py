@@ -17,7 +17,7 @@ from manager.client import Client, Task, task_request
 from manager.core.requests import KeyScope
 from tests.integration.cluster import Cluster, eventually
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
 WEIGHTED = ("heavy", "light")
 SETTINGS = {

@@ -10,8 +10,9 @@ from prometheus_client import REGISTRY
 from manager.core.devices import Probe, ProcessUse, Reading, parse_fleet
 from manager.core.errors import StoreUnavailable
 from manager.core.model import MemoryNote
-from manager.core.quantities import GIB
+from manager.core.quantities import GIB, KIB
 from manager.core.shapes import Grant
+from manager.results import NoResults
 from manager.settings import SlotSettings, TaskSettings
 from manager.store.connection import StoreReplyError
 from plugins.node.device_watch import DeviceWatch
@@ -64,6 +65,8 @@ def table_of(store, directory):
         scratch=directory,
         slots=SlotSettings(),
         tasks=TaskSettings(),
+        results=NoResults(),
+        inline_bytes_max=KIB,
     )
     return SlotTable("a", 8, 0, lambda: make.devices(24), lambda: context, lambda: None)
 

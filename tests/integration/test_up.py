@@ -25,11 +25,43 @@ from manager.store.server import EmbeddedStore, is_ready
 from tests.integration.cluster import Cluster, eventually
 
 pytestmark = pytest.mark.timeout(240)
+ONE_NODE = "1x2:mi300x"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One folder for all tests that find in it what those before them have left: each start costs seconds."""
+    cluster = Cluster(tmp_path_factory.mktemp("up"), simulate=ONE_NODE)
+    yield cluster
+    cluster.destroy()
+
+
+def _runs(cluster: Cluster) -> bool:
+    return cluster.process is not None and cluster.process.poll() is None
+
+
+@pytest.fixture
+def running(kept: Cluster) -> Cluster:
+    """The cluster of that folder, which runs."""
+    if not _runs(kept):
+        kept.start()
+    return kept
+
+
+@pytest.fixture
+def stopped(kept: Cluster) -> Cluster:
+    """The cluster of that folder, which has run."""
+    if kept.process is None:
+        kept.start()
+    if _runs(kept):
+        assert kept.stop() == 0
+    return kept
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path)
+    """One in a folder of its own, not started."""
+    cluster = Cluster(tmp_path, simulate=ONE_NODE)
     yield cluster
     cluster.destroy()
 
@@ -71,22 +103,21 @@ def test_ctrl_c_leaves_nothing_behind_and_a_second_start_finds_its_state(own: Cl
     own.client.cancel(running.task_id)
 
 
-def test_killing_the_supervisor_ends_its_processes_and_the_next_start_recovers(own: Cluster) -> None:
-    own.start()
-    gate = own.directory / "gate"
-    task = own.client.submit("until", {"path": str(own.witness_path), "gate": str(gate)})
-    own.wait_started(task)
-    family = own.family()
-    assert own.process is not None
-    own.process.send_signal(signal.SIGKILL)
-    own.process.wait(5)
-    own.client.close()
+def test_killing_the_supervisor_ends_its_processes_and_the_next_start_recovers(running: Cluster) -> None:
+    gate = running.directory / "gate"
+    task = running.client.submit("until", {"path": str(running.witness_path), "gate": str(gate)})
+    running.wait_started(task)
+    family = running.family()
+    assert running.process is not None
+    running.process.send_signal(signal.SIGKILL)
+    running.process.wait(5)
+    running.client.close()
     _, alive = psutil.wait_procs(family, 10)
     assert alive == []
-    own.start()
-    own.wait_started(task, times=2)
+    running.start()
+    running.wait_started(task, times=2)
     gate.touch()
-    (view,) = own.wait_all([task])
+    (view,) = running.wait_all([task])
     assert view.status is TaskStatus.SUCCEEDED
 
 
@@ -111,54 +142,52 @@ def test_a_mistyped_setting_stops_the_start_within_two_seconds(own: Cluster) -> 
     assert elapsed_s < 10  # of which the interpreter's own start on a loaded machine is most; two seconds on an idle one
 
 
-def test_a_second_cluster_on_the_same_folder_is_refused(own: Cluster) -> None:
-    own.start()
-    ended = _up(own)
+def test_a_second_cluster_on_the_same_folder_is_refused(running: Cluster) -> None:
+    ended = _up(running)
     assert ended.returncode != 0
     assert "already" in ended.stderr
-    assert own.client.submit("echo", {"x": 1}).result(30) == {"x": 1}
+    assert running.client.submit("echo", {"x": 1}).result(30) == {"x": 1}
 
 
-def test_a_store_that_came_back_empty_is_refused(own: Cluster) -> None:
-    own.start()
-    assert own.stop() == 0
-    shutil.rmtree(own.directory / "data" / "store")
-    ended = _up(own)
-    assert ended.returncode != 0
-    assert "is empty" in ended.stderr
-    assert "cluster.json" in ended.stderr
-
-
-def test_a_machine_whose_key_was_revoked_gets_another_at_the_next_start(own: Cluster) -> None:
-    own.start()
-    first = json.loads((own.directory / "data" / "client.json").read_text())["api_key"]
-    own.client.create_key("default", KeyScope.ADMIN)
-    own.client.revoke_key(first.split("_")[1])
-    assert own.stop() == 0
-    own.start()
-    assert "admin key" in own.output.read_text()
-    assert own.client.submit("echo", {"x": 1}).result(30) == {"x": 1}
-
-
-def test_rocyard_down_stops_it(own: Cluster) -> None:
-    own.start()
-    assert own.process is not None
-    command = [sys.executable, "-m", "manager.cli.main", "down"]
-    ended = subprocess.run(command, env=own.environ, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 0, ended.stderr
-    eventually(lambda: own.process is not None and own.process.poll() is not None, 20, "the end of rocyard up")
-    assert not (own.directory / "data" / "rocyard.pid").exists()
-
-
-def test_files_with_secrets_are_for_their_owner_alone(own: Cluster) -> None:
-    own.start()
-    data = own.directory / "data"
+def test_files_with_secrets_are_for_their_owner_alone(running: Cluster) -> None:
+    data = running.directory / "data"
     for name in ("client.json", "store.json", "cluster.json"):
         assert (data / name).stat().st_mode & 0o077 == 0
     assert data.stat().st_mode & 0o077 == 0
     key = json.loads((data / "client.json").read_text())["api_key"]
     for log in (data / "logs").iterdir():
         assert key not in log.read_text(errors="replace")
+
+
+def test_a_machine_whose_key_was_revoked_gets_another_at_the_next_start(running: Cluster) -> None:
+    first = json.loads((running.directory / "data" / "client.json").read_text())["api_key"]
+    running.client.create_key("default", KeyScope.ADMIN)
+    running.client.revoke_key(first.split("_")[1])
+    assert running.stop() == 0
+    running.start()
+    assert "admin key" in running.output.read_text()
+    assert running.client.submit("echo", {"x": 1}).result(30) == {"x": 1}
+
+
+def test_rocyard_down_stops_it(running: Cluster) -> None:
+    command = [sys.executable, "-m", "manager.cli.main", "down"]
+    ended = subprocess.run(command, env=running.environ, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    eventually(lambda: not _runs(running), 20, "the end of rocyard up")
+    assert not (running.directory / "data" / "rocyard.pid").exists()
+
+
+def test_a_store_that_came_back_empty_is_refused(stopped: Cluster) -> None:
+    store, aside = stopped.directory / "data" / "store", stopped.directory / "aside"
+    store.rename(aside)
+    try:
+        ended = _up(stopped)
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+        aside.rename(store)
+    assert ended.returncode != 0
+    assert "is empty" in ended.stderr
+    assert "cluster.json" in ended.stderr
 
 
 def test_a_store_of_ones_own_is_used(own: Cluster, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from manager.core.quantities import GIB, MIB
 from manager.core.shapes import Grant, Resources, Shape, grant_of
 from manager.dask_side import DaskUnavailable, SlotOnDask
 from manager.leader import Leadership
+from manager.results import NoResults
 from manager.settings import ControllerSettings, FunctionSettings, NodeSettings, Settings, SlotSettings, TaskSettings, TenantSettings
 from manager.store import Store
 from plugins.node.agent import Agent
@@ -114,7 +115,7 @@ class SimAgent:
         store = Store(SimConnection(self.network))  # type: ignore[arg-type]
         listener: Any = SimConnection(self.network)
         prober: Any = _Prober()
-        self.agent = agent = Agent(self.settings, self.node, store, listener, prober, self.folder, self.folder / "link")
+        self.agent = agent = Agent(self.settings, self.node, store, listener, prober, self.folder, self.folder / "link", NoResults())
         fakes: Any = agent
         fakes.watch, fakes.worker = _Watch(self.node), _Worker()
         loops: list[asyncio.Task[None]] = []

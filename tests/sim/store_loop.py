@@ -53,9 +53,8 @@ class Process:
         self.parked.clear()
 
     def kill(self) -> None:
-        """SIGKILL: nothing more of it happens."""
+        """SIGKILL: nothing more of it happens. What it was about to do is kept, since tasks must be ended properly at last."""
         self.dead = True
-        self.parked.clear()
 
 
 CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
@@ -133,8 +132,11 @@ class SimLoop(asyncio.AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.errors.append(context.get("exception") or RuntimeError(context["message"]))
 
-    def close(self) -> None:
+    def close(self, processes: list[Process]) -> None:
         """Cancel whatever waits, in processes that were killed too, until nothing does."""
+        for process in processes:
+            process.dead = False
+            process.thaw()
         for _ in range(20):
             waiting = [task for task in self.tasks if not task.done()]
             if not waiting:
@@ -172,9 +174,9 @@ class SimLoop(asyncio.AbstractEventLoop):
                 self.ready.append(heapq.heappop(self._timers)[2])
         handle = self.ready.popleft()
         process = handle.process
-        if handle.cancelled() or (process is not None and process.dead):
+        if handle.cancelled():
             return True
-        if process is not None and process.frozen:
+        if process is not None and (process.frozen or process.dead):
             process.parked.append(handle)
             return True
         self.steps += 1

@@ -22,7 +22,13 @@ LEADER_CALLS = frozenset(
     {"ry_request", "ry_fence", "ry_drop", "ry_flag", "ry_lost", "ry_planned", "ry_mix", "ry_shares", "ry_reached", "ry_age"}
     | {"ry_sweep", "ry_refuse"}
 )
-_REFUSALS = (b"STALE", [b"STALE"], -1, [0, 0])
+
+
+def _refused(name: str, reply: Any) -> bool:
+    """Whether the answer is the one for who does not lead."""
+    if name == "ry_sweep":
+        return not any(reply)
+    return reply in (b"STALE", [b"STALE"], -1)
 
 
 def require(ok: bool, name: str, detail: object) -> None:
@@ -101,7 +107,7 @@ class Model:
             raise reply
         if name in LEADER_CALLS:
             old = int(args[0]) != self.token
-            refused = reply in _REFUSALS
+            refused = _refused(name, reply)
             require(refused or not old, "old-leader-refused", f"{name} of token {args[0]}, now {self.token}: {reply}")
             if old:
                 self.refused_old_leaders += 1

@@ -66,7 +66,7 @@ class Network:
         self.closed = False
         self.welcome: Callable[[tuple[Any, ...]], bool] = lambda _call: True
         self.cut: set[str] = set()  # processes that do not reach the store
-        self._waiting: set[asyncio.Future[Any]] = set()
+        self._waiting: dict[asyncio.Future[Any], None] = {}  # in the order in which they were sent
         self._listeners: list[_Listener] = []
         self._nobody = contextvars.Context()
 
@@ -96,8 +96,8 @@ class Network:
         """Put a call on its way."""
         weather, chance = self.weather, self.rng.random()
         name = sender.name if sender is not None else ""
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        self._waiting[future] = None
+        future.add_done_callback(lambda done: self._waiting.pop(done, None))
         if self.closed or self.down or name in self.cut:
             self.at(0.001, _fail, future)
         elif chance < weather.request_lost:
@@ -194,6 +194,7 @@ class SimConnection:
         self.network = network
         self.deadline_s = DEADLINE_S
         self.connected = True
+        self.gate = None
 
     async def call(self, *args: Any, deadline_s: float | None = None) -> Any:
         """As `StoreConnection.call`."""

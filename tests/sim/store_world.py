@@ -336,15 +336,14 @@ class World:
     def close(self) -> None:
         """End all that still waits somewhere, so that nothing is left of it in this process."""
         self.net.closed = True
-        for process in self.processes:
-            process.dead = process.frozen = False
-        self.loop.close()
+        self.loop.close(self.processes)
 
 
 class _Direct:
     """A connection without a network, for the recount."""
 
     deadline_s = 30.0
+    gate = None
 
     def __init__(self, store: SimStore) -> None:
         self.store = store

@@ -229,7 +229,9 @@ class TestResult:
 
     def test_a_result_over_the_limit_is_refused(self):
         assert len(executor_target.encode_result("x" * 98, 100, 100, filed=False)) == 100
-        with pytest.raises(executor_target.ResultTooLarge, match=r"101 bytes .* limit is 100 \(tasks.result_bytes_max\): write it to a file"):
+        with pytest.raises(
+            executor_target.ResultTooLarge, match=r"101 bytes .* limit is 100 \(tasks.result_bytes_max\): write it to a file"
+        ):
             executor_target.encode_result("x" * 99, 1000, 100, filed=True)
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from manager.core.ahead import Setup, ahead_for, ahead_of
 from manager.core.devices import Device
-from manager.core.explain import Explanation, explain
+from manager.core.explain import NOTHING_PENDING, Explanation, Parent, Pending, explain
 from manager.core.index import index_of
-from manager.core.lifecycle import Cordon, SlotFlag, SlotStatus, TaskStatus
+from manager.core.lifecycle import AfterFailed, Cordon, SlotFlag, SlotStatus, TaskStatus
 from manager.core.model import (
     ClusterState,
     DeviceUse,
@@ -62,7 +62,8 @@ def node(name: str = "n1", sizes: tuple[int, ...] = (64,), *, foreign: int = 0, 
 def record(memory: int = 16, gpus: int = 1, status: TaskStatus = TaskStatus.QUEUED, **fields: Any) -> TaskRecord:
     asked = {name: fields.pop(name) for name in Resources.__struct_fields__ if name in fields}
     resources = Resources(memory * GIB, gpus, **asked)
-    spec = TaskSpec("echo", msgspec.Raw(b"{}"), resources, max_attempts=3)
+    more = {name: fields.pop(name) for name in TaskSpec.__struct_fields__ if name in fields}
+    spec = TaskSpec("echo", msgspec.Raw(b"{}"), resources, max_attempts=3, **more)
     identity = shape_id(shape_of("t", "default", resources))
     base = {"attempt": 0, "created_ms": NOW_MS - 5000, "queued_ms": NOW_MS - 3000, "score": SCORE}
     return TaskRecord(
@@ -105,12 +106,13 @@ def explained(
     tenants: tuple[TenantRow, ...] = (),
     dask: bool | None = True,
     leads: bool = True,
+    pending: Pending = NOTHING_PENDING,
 ) -> Explanation:
     queues = {each.shape_id: each for each in (own or queue(task), *others)}
     state = ClusterState(NOW_MS, tuple(queues.values()), slots, nodes, dask=dask, tenants=tenants)
     setup = Setup(limits=LIMITS, policy=BEST_FIT, groups=groups)
     ahead = ahead_of(state, index_of(state), setup)
-    return explain(task, ahead, setup, place, NOW_MS, frozenset(silent), leads=leads)
+    return explain(task, ahead, setup, place, NOW_MS, frozenset(silent), pending, leads=leads)
 
 
 small, large, pair, hog = record(), record(100), record(40, 2), record(60)
@@ -138,7 +140,33 @@ CASES: dict[str, tuple[TaskRecord, tuple[NodeRow, ...], dict[str, Any]]] = {
         (node(),),
         {},
     ),
-    "WaitingForDependencies": (record(status=TaskStatus.BLOCKED), (node(),), {}),
+    "RetryWait: it is known until when": (
+        record(status=TaskStatus.RETRY_WAIT, attempt=1, failures=1, error=TaskError("OSError", "busy"), start_timeout_s=60.0),
+        (node(),),
+        {"pending": Pending(due_ms=NOW_MS + 12_300)},
+    ),
+    "WaitingForDependencies": (record(status=TaskStatus.BLOCKED, after=("a" * 26,)), (node(),), {}),
+    "WaitingForDependencies: one": (
+        record(status=TaskStatus.BLOCKED, after=("a" * 26,), start_timeout_s=600.0, total_timeout_s=3600.0),
+        (node(),),
+        {"pending": Pending((Parent("a" * 26, "RUNNING"),))},
+    ),
+    "WaitingForDependencies: some of many": (
+        record(
+            status=TaskStatus.BLOCKED,
+            after=tuple(letter * 26 for letter in "abcdefgh"),
+            after_failed=AfterFailed.RUN,
+            deadline_ms=NOW_MS + 90_000,
+            total_timeout_s=3600.0,
+        ),
+        (node(),),
+        {"pending": Pending(tuple(Parent(letter * 26, "7 of its 9 tasks to go") for letter in "abcdefg"))},
+    ),
+    "Running: its time is up": (
+        record(status=TaskStatus.RUNNING, node="n1", attempt=1, started_ms=NOW_MS - 2000, total_timeout_s=5.0),
+        (node(),),
+        {},
+    ),
     "QuotaExceeded: devices": (small, (node(),), {"tenants": (QUOTA,)}),
     "QuotaExceeded: memory, for ever": (
         record(128),

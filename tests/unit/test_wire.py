@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from manager.core import wire
 
 CALL = wire.Call("01jq3v5x7y9zabcdefghjkmnpq", 3, "package.module:function", b'{"x":1}')
-TO_EXECUTOR = [wire.Batch(()), wire.Batch((CALL,)), wire.Batch((CALL, CALL)), wire.Describe(("a:b", "c:d.e"))]
+IN_ARRAY = wire.Call("id", 1, "a:b", b"{}", 7, 1000, "/shared/checkpoint-3", "/shared", "/shared/writing/id-1.json")
+TO_EXECUTOR = [wire.Batch(()), wire.Batch((CALL,)), wire.Batch((CALL, IN_ARRAY)), wire.Describe(("a:b", "c:d.e"))]
 FROM_EXECUTOR = [
     wire.Ready(4711, "3.11.7"),
     wire.Done("id", 1, True, b"null", 0.25),
+    wire.Note("id", 1, 0.5, "half", "/shared/checkpoint-4"),
+    wire.Note("id", 1, None, None, "/shared/checkpoint-4"),
     wire.Done("id", 2, False, b'{"type":"E"}', 0.25, 10, 0.5, True),
+    wire.Done("id", 3, True, b"", 0.25, file_bytes=300_000, file_sha256="ab" * 32),
     wire.Described((wire.Description("a:b", b"{}", "doc"), wire.Description("c:d", error="gone"))),
 ]
 
@@ -70,17 +74,18 @@ def test_yesterdays_answers_decode():
     old = msgspec.msgpack.encode(["done", "id", 1, True, b"null", 0.25])
     assert wire.decode_from_executor(old) == wire.Done("id", 1, True, b"null", 0.25)
     golden = bytes.fromhex(
-        "0000004395a463616c6cba30316a71337635783779397a61626364656667686a6b6d6e70"
+        "95a463616c6cba30316a71337635783779397a61626364656667686a6b6d6e70"
         "7103b77061636b6167652e6d6f64756c653a66756e6374696f6ec4077b2278223a317d"
     )
-    assert wire.pack(CALL) == golden
+    assert msgspec.msgpack.decode(golden, type=wire.Call) == CALL
 
 
 def test_a_failure_is_plain_json():
     failure = wire.Failure("ValueError", "no", "Traceback …")
     data = wire.encode_failure(failure)
-    assert msgspec.json.decode(data) == {"type": "ValueError", "message": "no", "traceback": "Traceback …"}
+    assert msgspec.json.decode(data) == {"type": "ValueError", "message": "no", "traceback": "Traceback …", "bases": []}
     assert wire.decode_failure(data) == failure
+    assert wire.decode_failure(b'{"type": "E", "message": "of an older executor"}').bases == ()
 
 
 def test_tokens_and_the_shared_page_have_their_sizes():

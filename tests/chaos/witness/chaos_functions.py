@@ -37,8 +37,9 @@ def _hold(seconds: float) -> None:
         time.sleep(left)
 
 
-def work(path: str, key: str, seconds: float) -> dict[str, object]:
-    """Take so long, and say who did it."""
+def work(path: str, key: str, seconds: float, size: int = 0, index: int = -1) -> dict[str, object]:
+    """Take so long, and say who did it, in so many bytes more than that needs. `index` is that of a task of an array."""
+    key = key if index < 0 else f"{key}/{index}"
     _note(path, key, "start")
     try:
         _hold(seconds)
@@ -46,7 +47,7 @@ def work(path: str, key: str, seconds: float) -> dict[str, object]:
         _note(path, key, "terminated")
         raise
     _note(path, key, "end")
-    return {"key": key, "attempt": int(os.environ["ROCYARD_ATTEMPT"])}
+    return {"key": key, "attempt": int(os.environ["ROCYARD_ATTEMPT"]), "more": "x" * size}
 
 
 def fail(path: str, key: str, times: int) -> dict[str, object]:
