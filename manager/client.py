@@ -4,11 +4,12 @@ Owns paths and what an answer means to the caller. It reads no environment (`man
 cluster is) and prints nothing. One client may be used from several threads.
 """
 
+import datetime as dt
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self, Unpack
+from typing import Any, Final, Literal, Self, Unpack, overload
 from urllib.parse import quote
 
 import httpx
@@ -17,12 +18,13 @@ import msgspec
 from manager.client_address import GIVEN, ClusterAddress, checked_url
 from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_wire import Wire, segment
-from manager.core import answers
+from manager.core import answers, answers_tasks
 from manager.core import requests as rest
 from manager.core.errors import BadRequest, RocyardError, StoreUnavailable
 from manager.core.explain import Explanation
 from manager.core.foresee import PlanView
-from manager.core.lifecycle import FINAL, TaskStatus
+from manager.core.ids import id_in_array, new_id
+from manager.core.lifecycle import FINAL, AfterFailed, TaskStatus
 from manager.core.snapshot import Snapshot
 from manager.settings import Secret
 
@@ -32,8 +34,26 @@ WAIT_PATIENCE_S: Final = 60.0
 """How long a GET is tried again while waiting for a task, which no restart can lose."""
 RESULT_TRIES: Final = 3
 """Of a large result that breaks off."""
+ARRAY_PAUSE_S: Final = (0.1, 2.0)
+"""Between two looks at an array that is waited for: the first, and the longest."""
 BATCH_BYTES_MAX: Final = 900 * 1024
 """Under the API's default limit of a body, 1 MiB."""
+
+
+class TaskOptions(rest.Needs, total=False):
+    """What `task_request` takes beside function and arguments, as keyword arguments of `Client.submit`."""
+
+    priority: int | str
+    max_attempts: int
+    retry_on: "Iterable[str | type[BaseException]]"
+    start_timeout: float | str | None
+    time_limit: float | str | None
+    total_timeout: float | str | None
+    deadline: dt.datetime | None
+    name: str | None
+    after: "Iterable[Parent]"
+    after_failed: AfterFailed | Literal["fail", "run"]
+    allow_infeasible: bool
 
 
 class Task:
@@ -64,16 +84,93 @@ class Task:
         """Ask for its end."""
         return self._client.cancel(self.task_id)
 
-    def logs(self) -> answers.TaskLog:
-        """What it has written."""
-        return self._client.logs(self.task_id)
+    def attempts(self) -> tuple[answers_tasks.AttemptView, ...]:
+        """The attempts at it, oldest first."""
+        return self._client.attempts(self.task_id)
+
+    @overload
+    def logs(self, *, follow: Literal[False] = False) -> answers.TaskLog: ...
+
+    @overload
+    def logs(self, *, follow: Literal[True]) -> Iterator[answers.TaskLog]: ...
+
+    def logs(self, *, follow: bool = False) -> answers.TaskLog | Iterator[answers.TaskLog]:
+        """What it has written, or with `follow` what it writes; see `Client.follow`."""
+        return self._client.follow(self.task_id) if follow else self._client.logs(self.task_id)
 
     def explain(self) -> Explanation:
         """Why it is where it is."""
         return self._client.explain(self.task_id)
 
 
+class Array:
+    """An array of tasks: its id, and the client's calls about it."""
+
+    __slots__ = ("_client", "array_id", "count")
+
+    def __init__(self, client: "Client", array_id: str, count: int) -> None:
+        self._client = client
+        self.array_id = array_id
+        self.count = count
+
+    def __repr__(self) -> str:
+        return f"Array({self.array_id!r}, {self.count})"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Task:
+        """The task with this index; negative ones count from the end."""
+        if not -self.count <= index < self.count:
+            raise IndexError(f"the array has the indexes 0 to {self.count - 1}, not {index}")
+        return Task(self._client, id_in_array(self.array_id, index % self.count))
+
+    def __iter__(self) -> Iterator[Task]:
+        return (self[index] for index in range(self.count))
+
+    def view(self) -> answers_tasks.ArrayView:
+        """How many of its tasks have ended how."""
+        return self._client.array_view(self.array_id)
+
+    def wait(self, timeout_s: float | None = None) -> answers_tasks.ArrayView:
+        """The array once all its tasks have ended, well or badly.
+
+        Raises:
+            WaitTimeout: some have not ended after `timeout_s` seconds (None: no limit).
+        """
+        end_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        pause_s = ARRAY_PAUSE_S[0]
+        while (view := self.view()).unfinished:
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                left = f"{view.unfinished} of the {view.count} tasks of array {self.array_id} have not ended"
+                raise WaitTimeout(f"{left} after {timeout_s:g} s of waiting; they go on.")
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(pause_s * 1.5, ARRAY_PAUSE_S[1])
+        return view
+
+    def results(self, timeout_s: float | None = None) -> list[Any]:
+        """What each of its tasks returned, by index, once all have ended.
+
+        Raises:
+            TaskFailed, TaskCancelled: the first one that did not return.
+            WaitTimeout: as `wait`.
+        """
+        self.wait(timeout_s)
+        return [task.result() for task in self]
+
+    def tasks(self, *, status: TaskStatus | str | None = None, limit: int | None = None) -> Iterator[answers.TaskSummary]:
+        """Its tasks as they stand, the last one first; only those of a status, where one is given."""
+        return self._client.tasks(array=self.array_id, status=status, limit=limit)
+
+    def cancel(self) -> answers_tasks.ArrayCancelled:
+        """Ask for the end of all that have not ended."""
+        return self._client.cancel_array(self.array_id)
+
+
 TaskLike = Task | str
+Parent = Task | Array | str | int
+"""What a task can come after. A number is the place of an earlier request in the same `Client.submit_many`."""
 
 
 def task_request(
@@ -82,7 +179,14 @@ def task_request(
     *,
     priority: int | str = 0,
     max_attempts: int = 1,
+    retry_on: Iterable[str | type[BaseException]] = (),
+    start_timeout: float | str | None = None,
     time_limit: float | str | None = None,
+    total_timeout: float | str | None = None,
+    deadline: dt.datetime | None = None,
+    name: str | None = None,
+    after: Iterable[Parent] = (),
+    after_failed: AfterFailed | Literal["fail", "run"] = AfterFailed.FAIL,
     allow_infeasible: bool = False,
     **needs: Unpack[rest.Needs],
 ) -> rest.TaskRequest:
@@ -93,7 +197,14 @@ def task_request(
         args: its keyword arguments; anything that JSON can say.
         priority: -10 to 10, higher first, or "low", "normal", "high" or "urgent".
         max_attempts: how often the function may run if it fails.
-        time_limit: of one attempt, seconds or a text such as "5m"; None takes the function's default.
+        retry_on: which errors are worth another attempt: exceptions or their names, of bases too; none: all are.
+        start_timeout: from its submission until it first starts, seconds or a text such as "5m"; None: no limit.
+        time_limit: of one attempt; None takes the function's default.
+        total_timeout: from its submission to its end; None: no limit.
+        deadline: when it must have ended; a time with its zone.
+        name: your own for it, unique among your tasks: the same request again is the same task.
+        after: what must have ended before.
+        after_failed: "fail" or "run": what becomes of it when one of those does not succeed.
         allow_infeasible: accept it although nothing that is known could ever hold it; it waits.
         needs: `memory` and `share` of each device, `gpus`, `architecture`, `device_model`, `labels`, `cpus`, `host_memory`,
             `exclusive` and `model`, as in `ResourceRequest`; what is left out is the function's.
@@ -104,7 +215,14 @@ def task_request(
         resources=rest.ResourceRequest(**needs),
         priority=priority,
         max_attempts=max_attempts,
+        retry_on=tuple(error if isinstance(error, str) else error.__name__ for error in retry_on),
+        start_timeout=start_timeout,
         time_limit=time_limit,
+        total_timeout=total_timeout,
+        deadline=deadline,
+        name=name,
+        after=tuple(_parent(parent) for parent in after),
+        after_failed=AfterFailed(after_failed),
         allow_infeasible=allow_infeasible,
     )
 
@@ -143,39 +261,59 @@ class Client:
         function: str,
         args: Mapping[str, Any] | None = None,
         *,
-        priority: int | str = 0,
-        max_attempts: int = 1,
-        time_limit: float | str | None = None,
-        allow_infeasible: bool = False,
-        **needs: Unpack[rest.Needs],
+        idempotency_key: str | None = None,
+        **options: Unpack[TaskOptions],
     ) -> Task:
-        """Submit one task; on return it is on disk. Arguments as for `task_request`.
+        """Submit one task; on return it is on disk, once, however often it had to be sent.
+
+        Args:
+            function, args, options: as for `task_request`.
+            idempotency_key: of your own: the same one with the same task, within a day, also from another program, is the same
+                submission. None: one that is made for this call.
 
         Raises:
             InvalidArguments, Infeasible, FunctionNotFound, QuotaExceeded …: the server's words.
-            ClusterUnreachable: no answer came, and nobody knows whether the task was accepted.
+            ClusterUnreachable: no answer came, and nobody knows whether the task was accepted; the same call with
+                ``idempotency_key=error.details["idempotency_key"]`` finds out.
         """
-        request = task_request(
-            function,
-            args,
-            priority=priority,
-            max_attempts=max_attempts,
-            time_limit=time_limit,
-            allow_infeasible=allow_infeasible,
-            **needs,
-        )
-        return Task(self, self._wire.post("/v1/tasks", msgspec.json.encode(request), answers.Accepted).task_id)
+        return Task(self, self._submit(task_request(function, args, **options), idempotency_key).task_id)
+
+    def submit_array(
+        self,
+        function: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        count: int,
+        index_as: str | None = None,
+        idempotency_key: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Array:
+        """Submit many tasks of the same kind as one array; else as `submit`.
+
+        Args:
+            function, args, idempotency_key, options: as for `submit`.
+            count: how many, up to 10,000.
+            index_as: the argument that gives each task its index, from 0; `rocyard.array_index()` tells it too.
+        """
+        request = msgspec.structs.replace(task_request(function, args, **options), count=count, index_as=index_as)
+        accepted = self._submit(request, idempotency_key)
+        return Array(self, accepted.task_id, accepted.count)
+
+    def _submit(self, request: rest.TaskRequest, key: str | None) -> answers.Accepted:
+        return self._wire.submit("/v1/tasks", msgspec.json.encode(request), answers.Accepted, key or new_id())
 
     def submit_many(self, requests: Iterable[rest.TaskRequest]) -> list[Task]:
         """Submit tasks in as few batches as their number and size allow. Each batch is accepted whole or not at all.
+
+        A number in `after` is the place of an earlier request among these.
 
         Raises:
             RocyardError: a batch was refused; `details["accepted"]` holds the ids of the batches before it.
         """
         tasks: list[Task] = []
-        for body in _batches(requests):
+        for body in _batches(requests, tasks):
             try:
-                accepted = self._wire.post("/v1/tasks/batch", body, answers.BatchAccepted)
+                accepted = self._wire.submit("/v1/tasks/batch", body, answers.BatchAccepted, new_id())
             except RocyardError as error:
                 error.details["accepted"] = [task.task_id for task in tasks]
                 raise
@@ -253,6 +391,24 @@ class Client:
         """What the newest attempt has written."""
         return self._wire.get(f"{_path(task)}/logs", answers.TaskLog, _of(tenant))
 
+    def follow(self, task: TaskLike, *, tenant: str | None = None) -> Iterator[answers.TaskLog]:
+        """What the task writes, piece by piece as it comes, until it has ended. Goes on over restarts of the API.
+
+        Where `attempt` is another one than before, a new attempt has begun to write.
+        """
+        query = {"wait": f"{WAIT_STEP_S:g}"} | _of(tenant)
+        while True:
+            piece = self._wire.get(f"{_path(task)}/logs", answers.TaskLog, query, WAIT_STEP_S, WAIT_PATIENCE_S)
+            if piece.stdout or piece.stderr or piece.dropped_bytes:
+                yield piece
+            if piece.ended:
+                return
+            query["cursor"] = piece.cursor
+
+    def attempts(self, task: TaskLike, *, tenant: str | None = None) -> tuple[answers_tasks.AttemptView, ...]:
+        """The attempts at a task, oldest first: where, when, and why each ended."""
+        return self._wire.get(f"{_path(task)}/attempts", answers_tasks.AttemptList, _of(tenant)).attempts
+
     def explain(self, task: TaskLike, *, tenant: str | None = None) -> Explanation:
         """Why the task is where it is, with a verdict for each worker."""
         return self._wire.get(f"{_path(task)}/explain", Explanation, _of(tenant))
@@ -262,6 +418,8 @@ class Client:
         *,
         status: TaskStatus | str | None = None,
         function: str | None = None,
+        name: str | None = None,
+        array: Array | str | None = None,
         tenant: str | None = None,
         limit: int | None = None,
     ) -> Iterator[answers.TaskSummary]:
@@ -270,10 +428,13 @@ class Client:
         Args:
             status: only tasks with it.
             function: only tasks of it.
+            name: only the task, or the tasks of the array, of that name.
+            array: only the tasks of this array, the last one first.
             tenant: whose; for admins.
             limit: at most so many; None is all.
         """
-        asked = {"status": status, "function": function, "tenant": tenant}
+        array_id = array.array_id if isinstance(array, Array) else array
+        asked = {"status": status, "function": function, "name": name, "array": array_id, "tenant": tenant}
         query = {name: str(value) for name, value in asked.items() if value is not None}
         left = limit
         while left is None or left > 0:
@@ -284,6 +445,26 @@ class Client:
                 return
             query["cursor"] = page.next_cursor
             left = None if left is None else left - len(page.tasks)
+
+    # --- arrays -------------------------------------------------------------------------------------------------
+
+    def array(self, array_id: str) -> Array:
+        """An array that was submitted before.
+
+        Raises:
+            NotFound: there is none of that id.
+        """
+        return Array(self, array_id, self.array_view(array_id).count)
+
+    def array_view(self, array: Array | str, *, tenant: str | None = None) -> answers_tasks.ArrayView:
+        """How many tasks of an array have ended how."""
+        return self._wire.get(_array_path(array), answers_tasks.ArrayView, _of(tenant))
+
+    def cancel_array(self, array: Array | str, *, tenant: str | None = None) -> answers_tasks.ArrayCancelled:
+        """Ask for the end of all tasks of an array that have not ended."""
+        return self._wire.post(f"{_array_path(array)}/cancel", b"", answers_tasks.ArrayCancelled, _of(tenant))
+
+    # --- what would happen --------------------------------------------------------------------------------------
 
     def plan(
         self, requests: rest.TaskRequest | Iterable[rest.TaskRequest], *, count: int = 1, tenant: str | None = None
@@ -296,7 +477,7 @@ class Client:
             tenant: whose they would be, where they are another one's; for admins.
         """
         if isinstance(requests, rest.TaskRequest):
-            body = msgspec.json.encode({**msgspec.structs.asdict(requests), "count": count})
+            body = msgspec.json.encode({**msgspec.structs.asdict(requests), "count": requests.count or count})
         else:
             body = msgspec.json.encode(rest.BatchRequest(tuple(requests)))
         return self._wire.post("/v1/plan", body, PlanView, _of(tenant))
@@ -452,19 +633,51 @@ def result_of(view: answers.TaskView) -> Any:
             raise TaskFailed(view.task_id, error.type, error.message, error.traceback)
 
 
-def _batches(requests: Iterable[rest.TaskRequest]) -> Iterator[bytes]:
-    """Bodies of batch submissions, each within the limits of number and size."""
+def _batches(requests: Iterable[rest.TaskRequest], accepted: Sequence[Task]) -> Iterator[bytes]:
+    """Bodies of batch submissions, each within the limits of number and size.
+
+    Args:
+        requests: a number among what one comes after is the place of another here.
+        accepted: tasks of the bodies before the one that is asked for; these are named by their ids.
+    """
     parts: list[bytes] = []
     size = 0
     for request in requests:
-        part = msgspec.json.encode(request)
+        part = msgspec.json.encode(_placed(request, accepted))
         if parts and (len(parts) == rest.TASKS_PER_BATCH_MAX or size + len(part) > BATCH_BYTES_MAX):
             yield b'{"tasks":[' + b",".join(parts) + b"]}"
             parts, size = [], 0
+            part = msgspec.json.encode(_placed(request, accepted))  # by now more of them have ids
         parts.append(part)
         size += len(part) + 1
     if parts:
         yield b'{"tasks":[' + b",".join(parts) + b"]}"
+
+
+def _placed(request: rest.TaskRequest, accepted: Sequence[Task]) -> rest.TaskRequest:
+    """`request` with its numbers as the next batch has to have them."""
+    if not any(isinstance(parent, int) for parent in request.after):
+        return request
+    first = len(accepted)
+    after = tuple(
+        parent if isinstance(parent, str) else parent - first if not 0 <= parent < first else accepted[parent].task_id
+        for parent in request.after
+    )
+    return msgspec.structs.replace(request, after=after)
+
+
+def _parent(parent: Parent) -> str | int:
+    match parent:
+        case Task():
+            return parent.task_id
+        case Array():
+            return parent.array_id
+        case _:
+            return parent
+
+
+def _array_path(array: Array | str) -> str:
+    return f"/v1/arrays/{segment(array if isinstance(array, str) else array.array_id)}"
 
 
 def _path(task: TaskLike) -> str:

@@ -1,6 +1,7 @@
 """One HTTP connection pool of the client: sending, waiting, trying again, and how errors come out.
 
-Only GETs are sent again: a POST whose answer was lost may have been accepted, and the API has no idempotency key yet.
+GETs are sent again, and submissions, each of which bears a key by which the API knows it. Other POSTs are sent once: whether
+one whose answer was lost has done its work is not known.
 """
 
 import base64
@@ -10,7 +11,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -30,9 +31,14 @@ CONNECTIONS_MAX: Final = 32
 """Threads that share a client: more than any program of ours starts."""
 PATIENCE_S: Final = 5.0
 """How long a GET is tried again: a restart of the API takes less."""
+SUBMIT_PATIENCE_S: Final = 10.0
+"""The same of a submission: a store that restarts takes less, too."""
 PAUSE_S_MAX: Final = 2.0
 PIECE_BYTES: Final = 128 * 1024
 """Of a large answer, at once."""
+
+_FULL: Final = b'"code":"StoreFull"'
+"""This lasts: whoever asks decides for how long it is worth while."""
 
 T = TypeVar("T")
 
@@ -59,6 +65,20 @@ class Wire:
         """POST once."""
         return self._once("POST", path, body, kind, query)
 
+    def submit(self, path: str, body: bytes, kind: type[T], key: str) -> T:
+        """POST until there is an answer, or `SUBMIT_PATIENCE_S` has gone by without one: however often, it is accepted once.
+
+        Raises:
+            ClusterUnreachable: whether it was accepted is not known; `details` has the key, to ask again with.
+        """
+        headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+        try:
+            return self._again("POST", path, kind, SUBMIT_PATIENCE_S, content=body, headers=headers)
+        except RocyardError as error:
+            if error.retryable:
+                error.details.setdefault("idempotency_key", key)
+            raise
+
     def delete(self, path: str, kind: type[T], query: Mapping[str, str] | None = None) -> T:
         """DELETE once."""
         return self._once("DELETE", path, b"", kind, query)
@@ -84,17 +104,21 @@ class Wire:
         patience_s: float = PATIENCE_S,
     ) -> T:
         """GET until there is an answer, or `patience_s` has gone by without a useful one."""
-        end_s = time.monotonic() + patience_s
         timeout = httpx.Timeout(ANSWER_S + wait_s, connect=CONNECT_S)
+        return self._again("GET", path, kind, patience_s, params=query, timeout=timeout)
+
+    def _again(self, method: str, path: str, kind: type[T], patience_s: float, **request: Any) -> T:
+        end_s = time.monotonic() + patience_s
         attempt = 0
         while True:
             try:
-                response = self._http.get(path, params=query, timeout=timeout)
-                if response.status_code not in {502, 503, 504} or time.monotonic() >= end_s:
+                response = self._http.request(method, path, **request)
+                if response.status_code not in {502, 503, 504} or _FULL in response.content or time.monotonic() >= end_s:
                     return self._decoded(response, kind)
             except httpx.TransportError as error:
+                never_there = not self._answered and (method == "GET" or isinstance(error, httpx.ConnectError))
                 # What has never answered is most likely not there: say so at once.
-                if not self._answered or time.monotonic() >= end_s:
+                if never_there or time.monotonic() >= end_s:
                     raise self._unreachable(error) from error
             # Full jitter, so that the clients of a restarted API do not come back together.
             time.sleep(min(random.uniform(0, min(PAUSE_S_MAX, 0.1 * 2**attempt)), max(end_s - time.monotonic(), 0)))  # noqa: S311

@@ -1,7 +1,7 @@
-"""Whether a store keeps what it accepts, by what it says of itself. Pure: `/readyz` and `rocyard doctor` ask, and give the answers.
+"""Whether a store keeps what it accepts, by what it says of itself. Pure: `/readyz` and `rocyard doctor` ask and tell.
 
-A fault means that tasks cannot be accepted, or that an accepted one may be gone for good. A warning is for a person: it costs at
-most the last moment before a power cut, or cannot be known.
+A fault means that tasks cannot be accepted, or that an accepted one may be gone for good. A warning is for a person: it costs
+at most the last moment before a power cut, or cannot be known.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def durability_of(config: Mapping[str, str] | None, info: Mapping[str, str]) -> 
             pass
         case "everysec":
             warnings.append(
-                "The store syncs once a second: a power cut loses up to two seconds of accepted tasks. Set 'appendfsync always'."
+                "The store syncs once a second: a power cut loses up to two seconds of tasks. Set 'appendfsync always'."
             )
         case "unknown":
             warnings.append("The store does not let its durability be checked (CONFIG is not allowed): see to it yourself.")

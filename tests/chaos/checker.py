@@ -20,6 +20,8 @@ from tests.chaos.history import Call, Due, Fault, Note, Outcome, Row, Run, TaskE
 
 FINAL: Final = ("SUCCEEDED", "FAILED", "CANCELLED")
 SHOWN_MAX: Final = 10
+WRITING_S: Final = 2.0
+"""A result is written within this time after its function has come to its end."""
 OWN: Final = ("agent", "node", "executor")
 OF_ALL: Final = ("store", "all")
 
@@ -146,7 +148,7 @@ def check(folder: Path) -> Verdict:
         lost=tuple(sorted(acknowledged - rows.keys())),
         unfinished=tuple(f"{row.task} is {row.state}" for row in rows.values() if row.state not in FINAL),
         duplicated=(*_twice_accepted(said, by_key), *_twice_ended(rows, ends), *_replaced(rows)),
-        wrong=tuple(_wrong(said, rows, notes)),
+        wrong=tuple(_wrong(said, rows, notes, faults)),
         unexplained=tuple(reruns.unexplained),
         unexpected=tuple(sorted(row.task for row in rows.values() if row.key not in said.due)),
         inconsistent=(run.recount,) if run.recount else (),
@@ -198,7 +200,7 @@ def _replaced(rows: dict[str, Row]) -> Iterable[str]:
                 yield f"{row.task} of attempt {row.attempt} ({row.key}) has the result {row.result}"
 
 
-def _wrong(said: _Submissions, rows: dict[str, Row], notes: dict[str, list[Note]]) -> Iterable[str]:
+def _wrong(said: _Submissions, rows: dict[str, Row], notes: dict[str, list[Note]], faults: Sequence[Fault]) -> Iterable[str]:
     for row in rows.values():
         due = said.due.get(row.key)
         if row.state not in FINAL or due is None:
@@ -217,12 +219,19 @@ def _wrong(said: _Submissions, rows: dict[str, Row], notes: dict[str, list[Note]
             if row.error != "DependencyFailed":
                 yield f"{row.task} is {row.state} ({row.error or 'no error'}), and what it waited for has not succeeded"
         elif row.state == "FAILED":
-            if row.error != _ERRORS.get(due):
+            if row.error != _ERRORS.get(due) and not _had_no_disk(row, notes, faults):
                 yield f"{row.task} failed with {row.error}, and must end as {due}"
         elif due is not Due.SUCCEEDED:
             yield f"{row.task} succeeded, and must end as {due}"
         elif not any(note.event == "end" and note.attempt == row.attempt for note in notes[row.task]):
             yield f"{row.task} succeeded in attempt {row.attempt}, and no task has written that it came to its end there"
+
+
+def _had_no_disk(row: Row, notes: dict[str, list[Note]], faults: Sequence[Fault]) -> bool:
+    """Whether it failed because its result could not be kept, and there was no room for it when it came to its end."""
+    ends = [note.at for note in notes.get(row.task, ()) if note.event == "end" and note.attempt == row.attempt]
+    full = [fault for fault in faults if fault.kind == "results-full"]
+    return row.error == "ResultNotStored" and any(f.at <= at + WRITING_S and at <= f.until for f in full for at in ends)
 
 
 def _too_early(row: Row, notes: dict[str, list[Note]]) -> str:

@@ -32,7 +32,8 @@ from tests.integration.cluster import Cluster
 WITNESS: Final = Path(__file__).parent / "witness"
 FUNCTIONS: Final = ("work", "fail", "crash")
 FLEET: Final = "3x2:mi300x"
-STORE_DISK_BYTES: Final = 512 * 1024 * 1024
+DISK_BYTES: Final = 640 * 1024 * 1024
+"""Of a small disk: more than half an hour's log of the store, or its large results."""
 _ENDED: Final = re.compile(r"(\S+) ended \((exit status \d+)\); started again")
 SETTINGS: Final = {
     # A run is a minute long: what production does in 12 s is done in 5. Not sooner, since the machine may be busy with others.
@@ -124,9 +125,9 @@ class ChaosCluster(Cluster):
         }
         (directory / "rocyard.yaml").write_text(json.dumps({"functions": functions}))
         self.proxy = Proxy(HOST, self.store_port)
-        self.disk = directory / "data" / "store"
         self.results = directory / "data" / "results"
-        self._mounted = False
+        self.disks = {"store": directory / "data" / "store", "results": self.results}
+        self._mounted: list[Path] = []
         self._second: Child | None = None
 
     @property
@@ -142,7 +143,8 @@ class ChaosCluster(Cluster):
 
     async def begin(self) -> None:
         """Start everything."""
-        self._mount()
+        for name, folder in self.disks.items():
+            self._mount(name, folder)
         starting = asyncio.create_task(asyncio.to_thread(self.start))
         # Not before the supervisor has looked whether the port is free; the store's start says that it has.
         while not (self.directory / STARTS).exists() and not starting.done():  # noqa: ASYNC110 -- a file tells nobody
@@ -173,19 +175,21 @@ class ChaosCluster(Cluster):
             for survivor in (await asyncio.to_thread(psutil.wait_procs, family, 5))[1]:
                 survivor.kill()
         await self.proxy.close()
-        if self._mounted:
-            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(self.disk)], check=False)
+        for folder in self._mounted:
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(folder)], check=False)
 
-    def _mount(self) -> None:
-        """A small disk for the store, where root may mount one."""
-        self.disk.mkdir(mode=0o700, parents=True)
-        argv = ["mount", "-t", "tmpfs", "-o", f"size={STORE_DISK_BYTES},mode=0700", "tmpfs", str(self.disk)]
+    def _mount(self, name: str, folder: Path) -> None:
+        """A small disk of its own for a folder, where root may mount one."""
+        folder.mkdir(mode=0o700, parents=True)
+        argv = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "tmpfs", str(folder)]
         try:
-            self._mounted = subprocess.run(argv, check=False, capture_output=True).returncode == 0
+            done = subprocess.run(argv, check=False, capture_output=True).returncode == 0
         except OSError:
-            self._mounted = False
-        if not self._mounted:
-            self.skipped["full store"] = "needs the right to mount a tmpfs (root)"
+            done = False
+        if done:
+            self._mounted.append(folder)
+        else:
+            self.skipped[f"full {name}"] = "needs the right to mount a tmpfs (root)"
 
     def _controller(self) -> Command:
         """A second candidate for leader, as ``rocyard up`` would start it."""

@@ -38,7 +38,7 @@ MIX: Final = {
     "late": 2,
 }
 GROUPS: Final = {"one": 90, "batch": 3, "chain": 5, "array": 2}
-LARGE_BYTES: Final = 400_000
+LARGE_BYTES: Final = 300_000
 """More than lies in a record."""
 
 

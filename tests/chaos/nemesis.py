@@ -119,8 +119,8 @@ class Nemesis:
 
     async def _fill(self, one: Planned, processes: Processes) -> None:
         at = now()
-        filler = self.cluster.disk / FILLER
-        pids = _pids(processes.of("store"))
+        filler = self.cluster.disks[one.whom] / FILLER
+        pids = _pids(processes.of(one.whom))
         try:
             await asyncio.to_thread(_write_until_full, str(filler))
             await asyncio.sleep(one.for_s)

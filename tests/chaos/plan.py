@@ -38,6 +38,7 @@ KINDS: Final[dict[str, tuple[float, float]]] = {
     "stall api": (1, 6),
     "stall all": (1, 6),
     "full store": (2, 6),
+    "full results": (2, 6),
 }
 
 

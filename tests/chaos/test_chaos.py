@@ -12,8 +12,8 @@ import pytest
 from manager.children import tied
 
 ROOT: Final = Path(__file__).parents[2]
-SEED: Final = 7135
-"""A deal with leader, scheduler, store (also its power), Dask worker, node, agent, executor and API among its faults."""
+SEED: Final = 13148
+"""A deal with node, leader, store (also its power), agent, Dask worker, API and a full disk among its faults."""
 SECONDS: Final = 60
 
 

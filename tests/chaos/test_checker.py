@@ -236,6 +236,15 @@ def test_a_fault_of_its_own_explains_that_a_task_ran_again(tmp_path: Path, met: 
     assert verdict.recovery.keys() <= {kind}
 
 
+@pytest.mark.parametrize(("at", "problems"), [(2.5, []), (5.0, ["wrong"])])
+def test_a_result_may_be_lost_to_a_full_disk_and_to_nothing_else(tmp_path: Path, at: float, problems: list[str]) -> None:
+    past = Past()
+    past.rows = [Row(task="t", state="FAILED", key="k", attempt=1, error="ResultNotStored")]
+    past.ends = [TaskEnd("1-0", "t", "FAILED", 1)]
+    past.faults = [fault("full", "results", at=at, until=at + 2)]
+    assert list(past.check(tmp_path).problems) == problems
+
+
 def test_a_child_follows_its_parent_into_failure(tmp_path: Path) -> None:
     past = Past()
     _parent_fails(past)

@@ -142,7 +142,9 @@ async def cut_power_of(alone: Alone, policy: str) -> Verdict:
                 pass
 
         writing = [asyncio.create_task(go_on(client)) for client in clients]
-        await asyncio.sleep(WRITE_S)  # how long they write
+        await asyncio.sleep(WRITE_S / 2)  # how long they write
+        await store.connection.call("BGREWRITEAOF")  # the log's file changes on the way
+        await asyncio.sleep(WRITE_S / 2)
         (alone.folder / CUT).touch()
         await asyncio.to_thread(alone.kill)
         await asyncio.gather(*writing)

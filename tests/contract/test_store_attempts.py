@@ -126,6 +126,8 @@ async def test_a_long_message_of_an_attempt_is_cut_between_characters(lab: Lab, 
     claim = await lab.claim(agent, slot)
     payload = b'{"type":"E","message":"%s"}' % text.encode()
     await lab.next(agent, slot, 0, End(task, claim.attempt, Outcome.FAILED, payload, 0.1, 0.1))
+    kept = await lab.raw("HGET", lab.store.keys.task(task), "try:1")
+    assert kept == kept.decode(errors="ignore").encode(), "a character was cut"
     ((_, attempt),) = await lab.store.attempts(task)
     assert text.startswith(attempt.message)
     assert 490 < len(attempt.message.encode()) <= 500

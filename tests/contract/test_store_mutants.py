@@ -10,16 +10,21 @@ from contextlib import asynccontextmanager
 import pytest
 from _pytest.outcomes import Failed
 
-from manager.core.lifecycle import Cordon, Outcome, SlotFlag
+from manager.core.lifecycle import AfterFailed, Cordon, Outcome, SlotFlag
 from manager.core.quantities import GIB
 from manager.store.schema import library_source
+from tests.contract import test_store_arrays as arrays
+from tests.contract import test_store_attempts as attempts
 from tests.contract import test_store_leader as leader
 from tests.contract import test_store_lifecycle as lifecycle
 from tests.contract import test_store_memory as memory
 from tests.contract import test_store_quotas as quotas
 from tests.contract import test_store_reads as reads
 from tests.contract import test_store_slots as slots
+from tests.contract import test_store_submission as submissions
 from tests.contract import test_store_tasks as tasks
+from tests.contract import test_store_time_limits as limits
+from tests.contract import test_store_waiting as waiting
 from tests.contract.store_harness import (
     FAST,
     PROGRAMS,
@@ -57,6 +62,16 @@ async def full_store(lab: Lab) -> None:
         raise AssertionError("a full store refused an end") from error
     finally:
         await lab.raw("CONFIG", "SET", "maxmemory", 0)
+
+
+async def full_of_new(lab: Lab) -> None:
+    """The same of what tells of attempts, and of what ends many."""
+    from manager.core.errors import StoreFull
+
+    try:
+        await attempts.test_a_full_store_lets_all_of_that_go_on(lab)
+    except StoreFull as error:
+        raise AssertionError("a full store refused an end") from error
 
 
 async def walks(lab: Lab) -> None:
@@ -106,6 +121,49 @@ def repeat(which: Outcome) -> Test:
     return lambda lab: tasks.test_a_repeat_does_not_forget_what_its_first_send_claimed_anew(lab, which)
 
 
+def taken_name(digest: str) -> Test:
+    return lambda lab: submissions.test_a_batch_with_one_name_taken_is_refused_as_a_whole(lab, digest)
+
+
+def fallen(how: Outcome | str) -> Test:
+    return lambda lab: waiting.test_a_parent_that_does_not_succeed_fails_its_children_or_not_as_they_asked(lab, how)
+
+
+def overdue(which: Outcome) -> Test:
+    return lambda lab: limits.test_however_the_last_attempt_ends_it_is_not_tried_again_after_its_time(lab, which)
+
+
+def started_once(told_by: str, total_timeout_s: float = 0.0) -> Test:
+    return lambda lab: limits.test_a_task_that_has_started_once_has_all_the_time_that_is_left(lab, told_by, total_timeout_s)
+
+
+def too_late(field: str) -> Test:
+    return lambda lab: limits.test_nothing_is_claimed_whose_time_is_up(lab, field)
+
+
+def noted(which: Outcome) -> Test:
+    row = next(row for row in attempts.HISTORY if row[0] is which)
+    return lambda lab: attempts.test_an_attempt_that_does_not_end_its_task_is_kept(lab, *row)
+
+
+def took(how: str) -> Test:
+    return lambda lab: attempts.test_an_attempt_that_ends_with_its_slot_says_what_took_that(lab, how)
+
+
+def poison(payload: bytes) -> Test:
+    return lambda lab: tasks.test_a_task_that_crashes_its_executor_alone_fails_at_the_third_time(lab, payload)
+
+
+def believed(who: str) -> Test:
+    return lambda lab: attempts.test_what_others_report_of_a_task_is_not_taken(lab, who)
+
+
+def resumed(which: Outcome) -> Test:
+    return lambda lab: attempts.test_the_next_attempt_has_the_checkpoint_and_begins_with_no_progress(lab, which)
+
+
+PROGRESS = "\n      count = count + 1\n      if args[i + 2]"
+"""What follows the guard of a report of progress, which others have as well."""
 # name: (text, replacement, test)
 MUTANTS: dict[str, tuple[str, str, Test]] = {
     "attempt not checked on finish": (
@@ -159,13 +217,13 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         old_leader("mix"),
     ),
     "token not checked on sweep": (
-        "if not leads(p, args[1]) then return { 0, 0 } end",
+        "if not leads(p, args[1]) then return { 0, 0, {} } end",
         "",
         old_leader("sweep"),
     ),
     "a submission overwrites": (
-        "if owner then return { owner == tenant and 'OK' or 'EXISTS' } end",
-        "",
+        "  local owner = owner_of_any(p, args, first)\n",
+        "  local owner = nil\n",
         tasks.test_a_submission_that_is_sent_again_changes_nothing,
     ),
     "a submission looks at its first id only": (
@@ -189,8 +247,8 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         tasks.test_a_claim_raises_the_attempt_and_nothing_lowers_it,
     ),
     "unstarted claims count": (
-        "return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', now)",
-        "return give_back(p, id, task, flag ~= 'preempt', now)",
+        "return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', why, now)",
+        "return give_back(p, id, task, flag ~= 'preempt', why, now)",
         tasks.test_a_batch_is_claimed_in_one_call_and_what_is_returned_counts_against_nothing,
     ),
     "queue not changed with the record": (
@@ -204,11 +262,8 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         outcome(Outcome.LOST, False),
     ),
     "cancelled after it has succeeded": (
-        "if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end\n  if task.cancel == '1'",
-        (
-            "if outcome == 'S' and task.cancel ~= '1' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now) end"
-            "\n  if task.cancel == '1'"
-        ),
+        "if outcome == 'S' then return finalise(",
+        "if outcome == 'S' and task.cancel == '' then return finalise(",
         tasks.test_cancel_and_success_in_both_orders,
     ),
     "a final task is cancelled": (
@@ -217,8 +272,8 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         tasks.test_cancel_and_success_in_both_orders,
     ),
     "retry without a cap": (
-        "if failures >= tonumber(task.max_attempts) then return finalise(p, id, task, 'FAILED', '', payload, now) end",
-        "",
+        "if outcome == 'N' or failures >= tonumber(task.max_attempts) then",
+        "if outcome == 'N' then",
         tasks.test_a_failure_is_tried_again_after_a_while_and_not_beyond_its_limit,
     ),
     "losses without a cap": (
@@ -241,6 +296,14 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "{ function_name = 'ry_close', callback = close }",
         full_store,
     ),
+    **{
+        f"{function} refused by a full store": (
+            f"function_name = 'ry_{function}', callback = {function}, flags = {{ 'allow-oom' }}",
+            f"function_name = 'ry_{function}', callback = {function}",
+            full_of_new,
+        )
+        for function in ("progress", "cancel", "due", "expand", "cancel_array", "refuse", "sweep")
+    },
     "submission taken by a full store": (
         "redis.register_function('ry_submit', submit)",
         "redis.register_function { function_name = 'ry_submit', callback = submit, flags = { 'allow-oom' } }",
@@ -257,8 +320,8 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         tasks.test_a_slot_that_closes_with_work_queued_wakes_another,
     ),
     "a closed slot keeps its claims": (
-        "    if task and task.state == 'RUNNING' and task.slot == slot then\n      give_back",
-        "    if false then\n      give_back",
+        "    if task and task.state == 'RUNNING' and task.slot == slot then\n      -- The leader",
+        "    if false then\n      -- The leader",
         slots.test_closing_gives_back_all_claims,
     ),
     "an id opens again": (
@@ -317,7 +380,7 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         leader.test_only_slots_that_nobody_opened_are_dropped,
     ),
     "a sweep takes what is not final": (
-        "if task[1] and not LIVE[task[2]] then",
+        "if task[1] and not LIVE[task[1]] then",
         "if task[1] then",
         leader.test_a_sweep_never_takes_a_task_that_is_not_final,
     ),
@@ -542,8 +605,8 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         quotas.test_a_slot_whose_queue_ran_dry_while_it_waited_hears_of_new_work,
     ),
     "pre-emption is a loss": (
-        "give_back(p, id, task, record[7] ~= 'preempt', now)",
-        "give_back(p, id, task, true, now)",
+        "give_back(p, id, task, record[7] ~= 'preempt', record",
+        "give_back(p, id, task, true, record",
         preempted("the slot's end"),
     ),
     "an end by pre-emption is a loss": (
@@ -557,9 +620,14 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         old_leader("share"),
     ),
     "token not checked on ageing": (
-        "if not leads(p, args[1]) then return -1 end",
-        "",
+        "if not leads(p, args[1]) then return -1 end\n  local now, risen",
+        "local now, risen",
         old_leader("age"),
+    ),
+    "token not checked on refusal": (
+        "if not leads(p, args[1]) then return -1 end\n  local now, most",
+        "local now, most",
+        attempts.test_what_nothing_can_hold_fails_with_what_it_said,
     ),
     "queue not changed with the age": (
         "        redis.call('ZADD', queue, score, id)\n",
@@ -570,6 +638,414 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "'score', score, 'rose', now)",
         "'score', score)",
         quotas.test_what_has_waited_for_long_rises_by_one_priority_at_a_time,
+    ),
+    # --- submission ---
+    "idempotency ignores the body": (
+        "  if body ~= digest then return { 'CONFLICT', 'key' } end\n",
+        "",
+        submissions.test_a_key_with_another_body_is_a_conflict,
+    ),
+    "a key is not kept": (
+        "    redis.call('HSET', p .. 'ik:' .. tenant, key, now",
+        "    redis.call('HSET', p .. 'ik:' .. tenant, key .. '-', now",
+        submissions.test_of_50_clients_with_one_key_one_makes_the_task,
+    ),
+    "a key is every tenant's": (
+        "local said = key ~= '' and redis.call('HGET', p .. 'ik:' .. tenant, key)",
+        "local said = key ~= '' and redis.call('HGET', p .. 'ik:red', key)",
+        submissions.test_a_key_is_its_tenants,
+    ),
+    "a key holds for ever": (
+        "  if now - tonumber(created) > KEPT_MS then return nil end\n",
+        "",
+        submissions.test_a_key_holds_for_a_day,
+    ),
+    "keys become more and more": (
+        "    forget_keys(p, now - KEPT_MS, 2) -- two go for each that comes: they never become more, whatever the pace\n",
+        "",
+        submissions.test_old_keys_go_with_new_ones_and_with_sweeps,
+    ),
+    "a sweep forgets no keys": (
+        "  forget_keys(p, now_ms() - KEPT_MS, limit)\n",
+        "",
+        submissions.test_old_keys_go_with_new_ones_and_with_sweeps,
+    ),
+    "a key of a call whose tasks are forgotten makes them again": (
+        "  if known then return known end\n  local tasks, count, plain",
+        "  if known and known[3] ~= '' then return known end\n  local tasks, count, plain",
+        submissions.test_the_first_send_of_a_call_is_no_earlier_submission,
+    ),
+    "a name is not checked": (
+        "local said = name and redis.call('HGET', p .. 'nm:' .. tenant, name)",
+        "local said = false",
+        submissions.test_of_parallel_submissions_of_a_name_one_gets_it,
+    ),
+    "a name ignores the body": (
+        "      if digest == task.more.digest then ids",
+        "      if true then ids",
+        submissions.test_a_name_asked_for_again_is_the_same_task,
+    ),
+    "a batch takes what names are left": (
+        "  if #ids < #tasks then return { 'CONFLICT', 'name', taken } end\n",
+        "  if #ids < #tasks then return nil end\n",
+        taken_name("1"),
+    ),
+    "a batch gives a name twice": (
+        "    if name and here[name] then return { 'CONFLICT', 'name', name } end\n",
+        "",
+        submissions.test_a_batch_gives_a_name_once,
+    ),
+    "the name of a forgotten task is not freed": (
+        "        if task[2] then redis.call('HDEL', p .. 'nm:' .. tenant, task[2]) end -- it may be given again\n",
+        "",
+        submissions.test_a_name_is_free_again_once_its_task_is_forgotten,
+    ),
+    "the name of a forgotten array is not freed": (
+        "  if name then redis.call('HDEL', p .. 'nm:' .. tenant, name) end\n",
+        "",
+        submissions.test_an_array_has_a_name_like_a_task,
+    ),
+    "anybody's task is a parent": (
+        "      if not here[parent] and redis.call('HGET', p .. 't:' .. parent, 'tenant') ~= tenant\n",
+        "      if not here[parent] and not redis.call('HGET', p .. 't:' .. parent, 'tenant')\n",
+        submissions.test_what_comes_after_nothing_that_is_known_is_refused,
+    ),
+    "a parent may stand behind": (
+        "    here[task.id] = true\n",
+        "    for _, any in ipairs(tasks) do here[any.id] = true end\n",
+        submissions.test_what_comes_after_nothing_that_is_known_is_refused,
+    ),
+    "an array takes the quota of one task": (
+        "    count = count + (task.more.count or 1)\n",
+        "    count = count + 1\n",
+        submissions.test_an_array_takes_the_quota_of_all_its_tasks_at_once,
+    ),
+    "an array is written again": (
+        "    if args[i + 6] ~= '' then names[#names + 1] = p .. 'a:' .. args[i] end\n",
+        "",
+        arrays.test_an_array_that_is_sent_again_changes_nothing,
+    ),
+    # --- waiting ---
+    "a parent tells nobody": (
+        "  if redis.call('EXISTS', p .. 'ch:' .. id) == 1 then redis.call('SADD', p .. 'rel', id) end\n",
+        "",
+        waiting.test_a_task_waits_until_all_that_it_comes_after_have_ended,
+    ),
+    "a parent tells twice": (
+        "    local child = redis.call('SPOP', p .. 'ch:' .. parent)\n",
+        "    local child = redis.call('SRANDMEMBER', p .. 'ch:' .. parent)\n",
+        waiting.test_a_parent_tells_once,
+    ),
+    "what it waits for is not counted down": (
+        "redis.call('HINCRBY', p .. 't:' .. child, 'waits', -1) <= 0",
+        "tonumber(redis.call('HGET', p .. 't:' .. child, 'waits')) <= 0",
+        waiting.test_a_task_waits_until_all_that_it_comes_after_have_ended,
+    ),
+    "it waits for one of many": (
+        "redis.call('HINCRBY', p .. 't:' .. child, 'waits', -1) <= 0",
+        "true",
+        waiting.test_a_task_waits_until_all_that_it_comes_after_have_ended,
+    ),
+    "a parent named twice is waited for twice": (
+        "if not state and redis.call('SADD', p .. 'ch:' .. parent, id) == 1 then waits = waits + 1 end",
+        "if not state then redis.call('SADD', p .. 'ch:' .. parent, id); waits = waits + 1 end",
+        waiting.test_a_task_waits_until_all_that_it_comes_after_have_ended,
+    ),
+    "a failed parent is ignored": (
+        "        if state ~= 'SUCCEEDED' and task.run ~= '1' then\n",
+        "        if false then\n",
+        fallen(Outcome.FAILED),
+    ),
+    "a parent that had failed is ignored": (
+        "    if state and state ~= 'SUCCEEDED' and not more.run then return 'FAILED', parent_error(parent, state) end\n",
+        "",
+        waiting.test_what_comes_after_what_has_ended_runs_at_once,
+    ),
+    "a failed parent fails those that were to run": (
+        "        if state ~= 'SUCCEEDED' and task.run ~= '1' then\n",
+        "        if state ~= 'SUCCEEDED' then\n",
+        fallen("cancel"),
+    ),
+    "a child that has ended is told": (
+        "      if task and task.state == 'BLOCKED' then\n",
+        "      if task then\n",
+        waiting.test_a_child_that_has_ended_before_is_left_alone,
+    ),
+    "a child that may run wakes nobody": (
+        "          enqueue(p, child, task, now)\n          work_arrived(p, task.shape, 1)\n",
+        "          enqueue(p, child, task, now)\n",
+        waiting.test_a_child_that_may_run_wakes_an_idle_slot,
+    ),
+    "a chain ends in one call": (
+        "  while told < most do\n",
+        "  while true do\n",
+        waiting.test_many_that_wait_for_one_are_told_in_bounded_calls,
+    ),
+    "a rest of children is told to nobody": (
+        "  if told == most then redis.call('PUBLISH', p .. 'ctl', 'plan') end -- the controller does the rest\n",
+        "",
+        lambda lab: waiting.test_a_chain_of_2000_ends_in_bounded_calls(lab, AfterFailed.FAIL),
+    ),
+    "a parent is forgotten before it has told": (
+        "  if redis.call('EXISTS', p .. 'ch:' .. id) == 1 then return true end\n",
+        "",
+        waiting.test_a_parent_is_not_forgotten_before_its_children_are_told,
+    ),
+    "an array is forgotten before it has told": (
+        "  return array and redis.call('EXISTS', p .. 'ch:' .. array) == 1 and redis.call('HGET'",
+        "  return array and false and redis.call('HGET'",
+        waiting.test_an_array_is_not_forgotten_before_its_children_are_told,
+    ),
+    "an array tells with its first end": (
+        "  if redis.call('HINCRBY', key, 'left', -1) == 0 and redis.call",
+        "  if redis.call('HINCRBY', key, 'left', -1) >= 0 and redis.call",
+        waiting.test_a_task_comes_after_an_array,
+    ),
+    "an array of which one failed has succeeded": (
+        "  if tonumber(array[2] or '0') > 0 then return 'FAILED' end\n",
+        "",
+        waiting.test_what_comes_after_two_arrays_of_which_one_failed_fails,
+    ),
+    # --- time ---
+    "expiry fails a running task at once": (
+        "          if task.cancel == '' then end_early(p, id, task, DEADLINE, now) end\n",
+        "          finalise(p, id, task, 'FAILED', '', deadline_error('it'), now)\n",
+        limits.test_a_running_task_is_told_and_then_fails,
+    ),
+    "expiry takes a user's cancellation away": (
+        "          if task.cancel == '' then end_early(p, id, task, DEADLINE, now) end\n",
+        "          end_early(p, id, task, DEADLINE, now)\n",
+        lambda lab: limits.test_a_users_cancellation_wins_over_time(lab, "user"),
+    ),
+    "what ended for its time is cancelled": (
+        "  if task.cancel == DEADLINE then\n",
+        "  if false then\n",
+        limits.test_a_running_task_is_told_and_then_fails,
+    ),
+    "what was to end is tried again": (
+        "  if task.cancel ~= '' then return end_as_asked(p, id, task, now) end\n  if outcome",
+        "  if outcome",
+        overdue(Outcome.FAILED),
+    ),
+    "what was to end is given back": (
+        "  if task.cancel ~= '' then return end_as_asked(p, id, task, now) end\n  if counted",
+        "  if counted",
+        limits.test_a_task_that_was_to_end_fails_with_its_slot,
+    ),
+    "start_by is not cleared by a start": (
+        "        if task[5] then in_time(p, args[i], task[6]) end\n",
+        "",
+        started_once("started"),
+    ),
+    "start_by is not cleared by an end": (
+        "    if task.start_by ~= '' then in_time(p, id, task.end_by ~= '') end\n",
+        "",
+        started_once("end"),
+    ),
+    "an end is watched no more after a start": (
+        "  if not has_end then redis.call('ZREM', p .. 'exp', id) end\n",
+        "  redis.call('ZREM', p .. 'exp', id)\n",
+        started_once("end", 3600.0),
+    ),
+    "a start that is late on its way fails the task": (
+        "elseif start_by and start_by <= now and task.state ~= 'RUNNING' then",
+        "elseif start_by and start_by <= now then",
+        limits.test_whether_a_claimed_task_has_started_is_waited_for,
+    ),
+    "whether a claimed task has started is asked once": (
+        "        redis.call('ZADD', p .. 'exp', string.format('%.0f', math.min(now + SECOND, end_by or math.huge)), id)\n",
+        "",
+        limits.test_whether_a_claimed_task_has_started_is_waited_for,
+    ),
+    "only the start is watched": (
+        "math.min(start_by or end_by, end_by or start_by)",
+        "(end_by or start_by)",
+        limits.test_when_time_is_up_is_counted_from_the_submission,
+    ),
+    "the later of two ends counts": (
+        "math.min(task.more.end_by or task.more.deadline_ms, task.more.deadline_ms)",
+        "math.max(task.more.end_by or 0, task.more.deadline_ms)",
+        lambda lab: limits.test_of_a_deadline_and_a_total_timeout_the_earlier_one_counts(lab, 30, 60.0),
+    ),
+    "what is too late is claimed": (
+        "elseif task[1] == 'QUEUED' and not too_late(p, id, task[9], task[10], now) then",
+        "elseif task[1] == 'QUEUED' then",
+        too_late("end_by"),
+    ),
+    "a claim stops at what is too late": (
+        "  until enough or taken == n or #popped < 2 * wanted or looked >= LATE_MAX\n",
+        "  until true\n",
+        too_late("start_by"),
+    ),
+    "what has ended is watched": (
+        "  if task.start_by ~= '' or task.end_by ~= '' then redis.call('ZREM', p .. 'exp', id) end\n",
+        "",
+        limits.test_success_before_the_end_wins,
+    ),
+    # --- arrays ---
+    "an array does not count its ends": (
+        "  redis.call('HINCRBY', key, ENDED_AS[state], 1)\n",
+        "",
+        arrays.test_an_array_counts_how_its_tasks_have_ended,
+    ),
+    "an array does not count what is left": (
+        "  if redis.call('HINCRBY', key, 'left', -1) == 0 and redis.call",
+        "  if redis.call('HINCRBY', key, 'left', 0) == 0 and redis.call",
+        arrays.test_an_array_counts_how_its_tasks_have_ended,
+    ),
+    "an array is made in one step": (
+        "  local last = math.min(count, made + most)\n",
+        "  local last = count\n",
+        arrays.test_a_large_array_is_made_in_bounded_steps_by_whoever_comes,
+    ),
+    "many arrays are made in one step": (
+        "      if room > 0 then room = room - expand_array(p, task.id, room, now) end\n",
+        "      expand_array(p, task.id, room, now)\n",
+        arrays.test_many_arrays_in_one_call_make_no_more_than_one,
+    ),
+    "what was made is not remembered": (
+        "  redis.call('HSET', key, 'made', last)\n",
+        "",
+        arrays.test_what_a_dying_process_has_not_made_the_controller_makes,
+    ),
+    "what an array has to come is forgotten": (
+        "  redis.call('SADD', p .. 'ao', task.id)\n",
+        "",
+        arrays.test_what_a_dying_process_has_not_made_the_controller_makes,
+    ),
+    "indexes begin with one": (
+        "  local number, digits = index + 1, ''\n",
+        "  local number, digits = index + 2, ''\n",
+        arrays.test_an_array_is_accepted_with_one_record_per_task,
+    ),
+    "a claim names no index": (
+        "cjson.encode({ index = tonumber(said[6] or ''), checkpoint",
+        "cjson.encode({ checkpoint",
+        arrays.test_a_claim_of_a_task_of_an_array_names_its_index,
+    ),
+    "only what is made of an array is cancelled": (
+        "  if made < last then last = math.min(last, made + expand_array(p, array, math.min(last - made, most), now)) end\n",
+        "  last = math.min(last, made)\n",
+        arrays.test_an_array_is_cancelled_while_it_is_being_made,
+    ),
+    "anybody cancels an array": (
+        "  if not said[1] or (args[2] ~= '' and said[1] ~= args[2]) then return nil end\n  local now, ended",
+        "  if not said[1] then return nil end\n  local now, ended",
+        arrays.test_cancelling_an_array_ends_each_of_its_tasks,
+    ),
+    "an array goes with the first of its tasks": (
+        "  if redis.call('HINCRBY', key, 'kept', -1) > 0 then return end\n",
+        "  redis.call('HINCRBY', key, 'kept', -1)\n",
+        arrays.test_an_array_goes_with_the_last_of_its_tasks,
+    ),
+    "all tenants keep alike": (
+        "    local rule = rules[tenant] or { args[4], args[5] }\n",
+        "    local rule = { args[4], args[5] }\n",
+        arrays.test_each_tenant_keeps_as_many_as_it_may,
+    ),
+    # --- attempts ---
+    "an attempt is not noted": (
+        "  note_try(p, id, task, why, '', now)\n  return enqueue",
+        "  return enqueue",
+        noted(Outcome.LOST),
+    ),
+    "a failed attempt is not noted": (
+        "    note_failure(p, id, task, payload, now)\n    redis.call('HSET', key, 'state', 'RETRY_WAIT'",
+        "    redis.call('HSET', key, 'state', 'RETRY_WAIT'",
+        noted(Outcome.FAILED),
+    ),
+    "the last attempt is noted as well": (
+        "  if counted then\n    local losses",
+        "  note_try(p, id, task, why, '', now)\n  if counted then\n    local losses",
+        attempts.test_the_last_attempt_is_the_record_whatever_ended_it,
+    ),
+    "a history is unbounded": (
+        "  if attempt > TRIES_MAX then redis.call('HDEL', key, 'try:' .. (attempt - TRIES_MAX)) end\n",
+        "",
+        attempts.test_a_record_tells_of_its_newest_attempts_only,
+    ),
+    "a message is cut within a character": (
+        "  return (string.gsub(string.sub(text, 1, bytes), '[\\192-\\255][\\128-\\191]*$', ''))\n",
+        "  return string.sub(text, 1, bytes - 1)\n",
+        lambda lab: attempts.test_a_long_message_of_an_attempt_is_cut_between_characters(lab, "é" * 600),
+    ),
+    "what is not worth it is tried again": (
+        "if outcome == 'N' or failures >= tonumber(task.max_attempts) then",
+        "if failures >= tonumber(task.max_attempts) then",
+        attempts.test_what_is_not_worth_another_attempt_is_not_tried_again,
+    ),
+    "crash blamed on infrastructure loss": (
+        "  return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', why, now)\n",
+        (
+            "  if outcome == 'L' then redis.call('HINCRBY', key, 'crashes', 1) end\n"
+            "  return give_back(p, id, task, outcome ~= 'R' and flag ~= 'preempt', why, now)\n"
+        ),
+        outcome(Outcome.LOST, False),
+    ),
+    "a lost slot is its task's crash": (
+        "    local losses = redis.call('HINCRBY', p .. 't:' .. id, 'losses', 1)\n",
+        "    local losses = redis.call('HINCRBY', p .. 't:' .. id, 'crashes', 1)\n",
+        took("lost"),
+    ),
+    "crashes without a cap": (
+        "    if crashes >= CRASHES_MAX then",
+        "    if false then",
+        poison(b""),
+    ),
+    "a budget of retries is not counted": (
+        "  redis.call('HSET', key, 'retry_dry', string.format('%.0f', dry))\n",
+        "",
+        attempts.test_a_budget_of_retries_is_its_tenants_and_fills_up_again,
+    ),
+    "a budget of retries never fills up again": (
+        "math.max(tonumber(said[2] or '0'), now) + MINUTE_MS / most",
+        "(said[2] and tonumber(said[2]) + 1e6 or now) + MINUTE_MS / most",
+        attempts.test_a_budget_of_retries_is_its_tenants_and_fills_up_again,
+    ),
+    "a budget of retries hurries": (
+        "  return math.max(pause, math.floor(dry - now - MINUTE_MS))\n",
+        "  return math.max(0, math.floor(dry - now - MINUTE_MS))\n",
+        attempts.test_a_retry_that_waits_for_longer_by_itself_is_not_hurried,
+    ),
+    "more room again and again": (
+        "  if outcome == 'O' and task.oom ~= '1' and extra ~= '' then\n",
+        "  if outcome == 'O' and extra ~= '' then\n",
+        attempts.test_a_task_that_ran_out_of_memory_is_tried_once_where_there_is_more,
+    ),
+    "more room wakes nobody": (
+        "  work_arrived(p, task.shape, 1)\n  return 'QUEUED', true\n",
+        "  return 'QUEUED', true\n",
+        attempts.test_a_task_that_ran_out_of_memory_is_tried_once_where_there_is_more,
+    ),
+    "who asked for as much is refused as well": (
+        "    local task = redis.call('HGET', p .. 't:' .. id, 'oom') == '1' and load_task(p, id)\n",
+        "    local task = load_task(p, id)\n",
+        attempts.test_what_nothing_can_hold_fails_with_what_it_said,
+    ),
+    "progress of an old attempt is taken": (
+        f"task[1] == 'RUNNING' and task[2] == slot and task[3] == args[i + 1] then{PROGRESS}",
+        f"task[1] == 'RUNNING' and task[2] == slot then{PROGRESS}",
+        believed("an old attempt"),
+    ),
+    "progress of another slot is taken": (
+        f"task[1] == 'RUNNING' and task[2] == slot and task[3] == args[i + 1] then{PROGRESS}",
+        f"task[1] == 'RUNNING' and task[3] == args[i + 1] then{PROGRESS}",
+        believed("another slot"),
+    ),
+    "progress of another incarnation is taken": (
+        "  if record[1] ~= 'OPEN' or record[2] ~= args[2] then return 0 end\n  for i = 3, #args, 5",
+        "  for i = 3, #args, 5",
+        believed("another incarnation"),
+    ),
+    "progress outlives its attempt": (
+        "  if task.state == 'RUNNING' then redis.call('HDEL', p .. 't:' .. id, 'progress', 'message') end\n",
+        "",
+        resumed(Outcome.LOST),
+    ),
+    "a claim has no checkpoint": (
+        "checkpoint = said[7] or nil",
+        "checkpoint = nil",
+        resumed(Outcome.LOST),
     ),
     "a cursor as the server writes it": (
         "  return string.format('%.0f', tonumber(score))",

@@ -173,6 +173,19 @@ async def test_a_parent_is_not_forgotten_before_its_children_are_told(lab: Lab):
     assert await lab.store.sweep(lab.token, 10**15, 0, 0) == Swept(1, 0)
 
 
+async def test_an_array_is_not_forgotten_before_its_children_are_told(lab: Lab):
+    array = (await lab.submit(1, count=2))[0]
+    await lab.submit(300, after=(array,))
+    await lab.store.cancel_array(array, "red", 0)  # tells a part of them
+    await forget_all(lab)
+    assert await lab.store.array(array) is not None, "who is to tell others was forgotten"
+    assert (await lab.store.due())[0].told == 100
+    failed = (await lab.store.tasks("red", None, 500, None, ""))[1]
+    assert {task.error.message for task in failed if task.error} == {f"{array}, which the task comes after, cancelled"}
+    await forget_all(lab)
+    assert await lab.store.array(array) is None
+
+
 @pytest.mark.parametrize("after_failed", AfterFailed)
 async def test_a_chain_of_2000_ends_in_bounded_calls(lab: Lab, after_failed: AfterFailed):
     """Of those that fail with their parent, each ends the next; of those that run all the same, only the first may."""

@@ -241,3 +241,80 @@ def write_to_every_descriptor():
     for fd in range(3, 64):
         with contextlib.suppress(OSError):
             os.write(fd, b"\xff" * 64)
+
+
+# --- what a function says of itself -------------------------------------------------------------------------------
+
+
+def reports():
+    import rocyard
+
+    asked = {
+        "task": rocyard.task_id(),
+        "attempt": rocyard.attempt(),
+        "index": rocyard.array_index(),
+        "environment": [os.environ.get("ROCYARD_ARRAY_INDEX"), os.environ.get("ROCYARD_ARRAY_COUNT")],
+        "last": rocyard.last_checkpoint(),
+        "folder": rocyard.checkpoint_folder(),
+    }
+    rocyard.progress(0.5, "half")
+    rocyard.checkpoint("/shared/step-1")
+    return asked | {"then": rocyard.last_checkpoint()}
+
+
+def reports_often(times: int):
+    import rocyard
+
+    for number in range(times):
+        rocyard.progress(number / times, str(number))
+    rocyard.progress(1, "all")
+
+
+def reports_from_a_thread_and_a_child():
+    import rocyard
+
+    thread = threading.Thread(target=rocyard.progress, args=(0.25, "thread"))
+    thread.start()
+    thread.join()
+    child = os.fork()
+    if child == 0:
+        rocyard.progress(0.75, "child")
+        os._exit(0)
+    os.waitpid(child, 0)
+    with multiprocessing.get_context("spawn").Pool(1) as workers:
+        return workers.apply(asks_in_a_child)
+
+
+def asks_in_a_child():
+    import rocyard
+
+    rocyard.progress(0.8)
+    return rocyard.task_id()
+
+
+def reports_and_dies():
+    import rocyard
+
+    rocyard.checkpoint("/shared/last")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def reports_when_asked_to_end(started: str):
+    import rocyard
+
+    try:
+        touch(started)
+        while True:
+            rocyard.progress(0.1)
+    finally:
+        rocyard.checkpoint("/shared/in time")
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch has it."""
+
+    __module__ = "torch"
+
+
+def no_device_memory():
+    raise OutOfMemoryError("Tried to allocate 2.00 GiB")

@@ -14,6 +14,7 @@ from manager.api import ends
 from manager.api.serve import bind
 from manager.core.errors import StartError
 from manager.settings import Settings
+from manager.store.store import connect
 from tests.integration.api_world import RunningStore, World, running_store, serving, until, until_answer
 
 pytestmark = pytest.mark.integration
@@ -174,6 +175,7 @@ serve(Settings(store=StoreSettings(url=Secret(sys.stdin.readline().strip())), ap
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_process_ends_cleanly_and_leaves_its_port(store_server: RunningStore, number: int):
+    asyncio.run(identified(store_server.url))
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, "-c", _PROGRAM, str(port)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -189,6 +191,13 @@ def test_the_process_ends_cleanly_and_leaves_its_port(store_server: RunningStore
         process.kill()
         process.wait()
     bind("127.0.0.1", port).close()
+
+
+async def identified(url: str) -> None:
+    """The store is a cluster's, as the controller makes it."""
+    store = connect(url, 3.0, "test")
+    await store.identify("cluster")
+    await store.connection.close()
 
 
 def test_a_taken_port_is_named():

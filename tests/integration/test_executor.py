@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from manager.core.wire import Batch, Call, Done, decode_failure
+from manager.core.wire import Batch, Call, Done, Note, decode_failure
 from manager.settings import FunctionSettings
 from plugins.node.executors import Executor, ExecutorStartError, Exit, Output, Pulse, describe, scrubbed_environment
 from plugins.node.registry import described, load_functions
@@ -88,13 +89,20 @@ class Node:
         self.home = home
         self.pulse = Pulse()
         self.answers: list[Answer] = []
+        self.notes: list[Note] = []
         self.exits: list[Exit] = []
         self.news = asyncio.Event()
         self.started: list[Executor] = []
 
     async def start(self, **changes) -> Executor:
         env = changes.pop("env", None) or scrubbed_environment(os.environ, {"HOME": str(self.home)})
-        options = {"python": "", "lease_s": 600.0, "path": [str(HERE)], "marker": MARKER} | changes
+        options = {
+            "python": "",
+            "lease_s": 600.0,
+            "path": [str(HERE)],
+            "marker": MARKER,
+            "on_note": self.notes.append,
+        } | changes
         executor = await Executor.start(env=env, pulse=self.pulse, on_done=self.on_done, on_exit=self.on_exit, **options)
         self.started.append(executor)
         return executor
@@ -193,7 +201,8 @@ class TestCalls:
             ("leave", {"code": 5}, "SystemExit", "the function called sys.exit(5)"),
             ("coroutine", {"x": "1"}, "InvalidArguments", "Expected `int`, got `str` - at `$.x`"),
             ("coroutine", {}, "InvalidArguments", "missing required field `x`"),
-            ("big", {"size": 300_000}, "ResultTooLarge", "the limit is 262144"),
+            ("big", {"size": 300_000}, "ResultTooLarge", "the limit is 262144 (results.inline_bytes_max)"),
+            ("no_device_memory", {}, "GpuOutOfMemory", "Tried to allocate"),
             ("not_json", {}, "ResultNotSerialisable", "no JSON form"),
             ("no_such", {}, "AttributeError", "no_such"),
         ],
@@ -439,6 +448,74 @@ class TestEnds:
         executor.send(Batch((call("write_to_every_descriptor", 1), call("wait_for_file", 2, path="/no/such"))))
         await node.exit()
         assert not any(answer.done.task_id == "task-2" for answer in node.answers)
+
+
+class TestReports:
+    async def test_what_a_function_reports_comes_before_its_answer(self, node, tmp_path):
+        executor = await node.start()
+        folder = tmp_path / "checkpoints" / "task"
+        given = Call("t", 3, "executor_functions:reports", b"{}", 7, 10, "/shared/step-0", str(folder))
+        (first,) = await node.run(executor, given)
+        assert first.value == {
+            **{"task": "t", "attempt": 3, "index": 7, "environment": ["7", "10"]},
+            **{"last": "/shared/step-0", "folder": str(folder), "then": "/shared/step-1"},
+        }
+        assert folder.is_dir()
+        assert node.notes == [Note("t", 3, 0.5, "half", None), Note("t", 3, None, None, "/shared/step-1")]
+        second = await node.one("reports")
+        assert second.value["environment"] == [None, None]
+        assert (second.value["index"], second.value["last"], second.value["folder"]) == (None, None, None)
+
+    async def test_a_flood_of_reports_is_thinned_out_and_the_last_one_comes(self, node):
+        await node.one("reports_often", times=20_000)
+        assert 2 <= len(node.notes) < 500
+        assert (node.notes[-1].progress, node.notes[-1].message) == (1, "all")
+
+    async def test_threads_report_and_other_processes_do_not(self, node, bare_python):
+        executor = await node.start(python=bare_python)
+        (answer,) = await node.run(executor, call("reports_from_a_thread_and_a_child"))
+        assert answer.done.ok, answer.failure
+        assert answer.value is None
+        assert [(note.progress, note.message) for note in node.notes] == [(0.25, "thread")]
+
+    async def test_an_interpreter_that_has_nothing_of_ours_reports_too(self, node, bare_python):
+        executor = await node.start(python=bare_python)
+        (answer,) = await node.run(executor, call("reports"))
+        assert answer.value["then"] == "/shared/step-1"
+        assert len(node.notes) == 2
+
+    async def test_a_checkpoint_survives_the_executor(self, node):
+        executor = await node.start()
+        executor.send(Batch((call("reports_and_dies"),)))
+        assert (await node.exit()).returncode == -signal.SIGKILL
+        assert [note.checkpoint for note in node.notes] == ["/shared/last"]
+
+    async def test_a_function_that_reports_all_the_time_is_ended_and_its_last_words_are_heard(self, node, tmp_path):
+        executor = await node.start()
+        executor.send(Batch((call("reports_when_asked_to_end", started=str(tmp_path / "started")),)))
+        await until((tmp_path / "started").exists, "the start")
+        executor.terminate(DEADLINE_S)
+        await node.exit()
+        assert node.answers[0].done.terminated
+        assert node.answers[0].failure.type == "TaskTerminated"
+        assert node.notes[-1].checkpoint == "/shared/in time"
+
+    async def test_a_large_result_is_written_to_its_file(self, node, tmp_path):
+        executor = await node.start(result_bytes_max=2_000_000)
+        path = tmp_path / "result.json"
+        asked = Call("t", 1, "executor_functions:big", b'{"size": 300000}', result_path=str(path))
+        done = (await node.run(executor, asked))[0].done
+        assert (done.ok, done.result, done.file_bytes) == (True, b"", 300_002)
+        assert done.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert msgspec.json.decode(path.read_bytes()) == "x" * 300_000
+        too_large = msgspec.structs.replace(asked, args=b'{"size": 3000000}')
+        failure = (await node.run(executor, too_large))[0].failure
+        assert failure.type == "ResultTooLarge"
+        assert "2000000 (tasks.result_bytes_max)" in failure.message
+        nowhere = msgspec.structs.replace(asked, result_path=str(tmp_path / "gone" / "result.json"))
+        failure = (await node.run(executor, nowhere))[0].failure
+        assert (failure.type, failure.traceback) == ("ResultNotStored", "")
+        assert "No such file or directory" in failure.message
 
 
 class TestRecall:

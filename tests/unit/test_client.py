@@ -1,5 +1,7 @@
 """The client against a server that is a function: what it sends, what it tries again, and how answers come out."""
 
+import contextlib
+import datetime as dt
 import json
 from collections.abc import Callable
 
@@ -7,8 +9,8 @@ import httpx
 import msgspec
 import pytest
 
-from manager import client_wire
-from manager.client import Client, task_request
+from manager import client, client_wire
+from manager.client import Array, Client, Task, task_request
 from manager.client_address import ClusterAddress, find_cluster
 from manager.client_errors import (
     ClusterUnreachable,
@@ -128,14 +130,155 @@ def test_a_cluster_that_never_answered_is_reported_at_once_with_the_remedy():
     assert len(seen) == 1
 
 
-def test_a_submission_is_never_sent_twice():
+QUEUED = {"task_id": ID, "status": "QUEUED"}
+
+
+def test_a_submission_whose_answer_was_lost_is_sent_again_under_the_same_key():
+    """Also the very first one: it may have been accepted."""
     client, seen = answering(
-        httpx.Response(200, json={"functions": []}), httpx.ReadTimeout("slow"), httpx.Response(202, json={})
+        httpx.ReadError("reset"),
+        httpx.ReadTimeout("slow"),
+        httpx.ConnectError("refused"),
+        httpx.Response(503, json={"code": "StoreUnavailable"}),
+        httpx.Response(202, json=QUEUED | {"replayed": True}),
+        httpx.Response(202, json=QUEUED),
     )
+    client._wire._answered = False
+    with pytest.raises(ClusterUnreachable):  # nothing has ever answered there, and nothing was sent
+        client_of(lambda _: (_ for _ in ()).throw(httpx.ConnectError("refused"))).submit("echo")
+    with contextlib.suppress(ClusterUnreachable):
+        client.submit("echo")
+    client._wire._answered = True
+    assert client.submit("echo").task_id == ID
+    keys = [request.headers["idempotency-key"] for request in seen]
+    assert len({request.content for request in seen}) == 1
+    assert keys[0] == keys[1] == keys[2]
+    assert all(keys)
+
+
+def test_each_submission_has_a_key_of_its_own_or_the_callers():
+    client, seen = answering(httpx.Response(202, json=QUEUED))
+    for key in (None, None, "mine"):
+        client.submit("echo", idempotency_key=key)
+    keys = [request.headers["idempotency-key"] for request in seen]
+    assert len(set(keys)) == 3
+    assert keys[2] == "mine"
+
+
+def test_a_submission_that_got_no_answer_in_time_says_by_which_key_to_ask_again(monkeypatch):
+    monkeypatch.setattr(client_wire, "SUBMIT_PATIENCE_S", 0.0)
+    client, seen = answering(httpx.Response(200, json={"functions": []}), httpx.ReadTimeout("slow"))
+    client.functions()
+    with pytest.raises(ClusterUnreachable) as lost:
+        client.submit("echo")
+    assert lost.value.details["idempotency_key"] == seen[-1].headers["idempotency-key"]
+
+
+def test_what_lasts_is_not_waited_for():
+    full = httpx.Response(503, content=b'{"code":"StoreFull","detail":"full"}')
+    client, seen = answering(full)
+    with pytest.raises(errors.StoreFull):
+        client.submit("echo")
+    assert len(seen) == 1
+
+
+def test_a_post_that_is_no_submission_is_sent_once():
+    client, seen = answering(httpx.Response(200, json={"functions": []}), httpx.ReadTimeout("slow"))
     client.functions()
     with pytest.raises(ClusterUnreachable, match="not known"):
-        client.submit("echo")
+        client.cancel(ID)
     assert len(seen) == 2
+
+
+def test_all_that_a_task_can_ask_for_is_sent_as_the_api_takes_it():
+    client, seen = answering(httpx.Response(202, json=QUEUED))
+    task = client.submit("echo")
+    client.submit(
+        "echo",
+        retry_on=[ConnectionError, "GpuOutOfMemory"],
+        start_timeout="5m",
+        total_timeout=60,
+        deadline=dt.datetime(2027, 1, 31, 18, tzinfo=dt.UTC),
+        name="n",
+        after=[task, "0" * 26, Array(client, ID, 3)],
+        after_failed="run",
+    )
+    assert json.loads(seen[1].content) == {
+        "function": "echo",
+        "args": {},
+        "resources": {},
+        "retry_on": ["ConnectionError", "GpuOutOfMemory"],
+        "start_timeout": "5m",
+        "total_timeout": 60,
+        "deadline": "2027-01-31T18:00:00Z",
+        "name": "n",
+        "after": [ID, "0" * 26, ID],
+        "after_failed": "run",
+    }
+
+
+def test_numbers_of_earlier_requests_become_what_each_batch_needs(monkeypatch):
+    monkeypatch.setattr(client.rest, "TASKS_PER_BATCH_MAX", 2)
+    bodies = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content)["tasks"])
+        first = 2 * (len(bodies) - 1)
+        made = [{"task_id": f"{first + i:026}", "status": "BLOCKED"} for i in range(len(bodies[-1]))]
+        return httpx.Response(202, json={"tasks": made})
+
+    requests = [task_request("echo", after=range(number)) for number in range(5)]
+    tasks = client_of(handle).submit_many(requests)
+    assert [[task.get("after", []) for task in body] for body in bodies] == [
+        [[], [0]],
+        [[f"{0:026}", f"{1:026}"], [f"{0:026}", f"{1:026}", 0]],
+        [[f"{0:026}", f"{1:026}", f"{2:026}", f"{3:026}"]],
+    ]
+    assert len(tasks) == 5
+
+
+ARRAY = {"array_id": "0" * 26, "tenant": "t", "function": "echo", "count": 3, "made": 3, "created_at": VIEW["created_at"]}
+
+
+def test_an_array_is_waited_for_and_gives_its_results_by_index(monkeypatch):
+    monkeypatch.setattr(client, "ARRAY_PAUSE_S", (0.0, 0.0))
+    seen = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        if request.method == "POST":
+            return httpx.Response(202, json={"task_id": "0" * 26, "status": "QUEUED", "count": 3})
+        if "/arrays/" in request.url.path:
+            done = min(3, len(seen) - 2)
+            return httpx.Response(200, json=ARRAY | {"succeeded": done, "failed": 0, "cancelled": 0, "unfinished": 3 - done})
+        task_id = request.url.path.rpartition("/")[2]
+        return httpx.Response(200, json=VIEW | {"task_id": task_id, "result": task_id[-1]})
+
+    array = client_of(handle).submit_array("echo", count=3, index_as="x")
+    assert json.loads(seen[0].content) | {"count": 3, "index_as": "x"} == json.loads(seen[0].content)
+    assert array.results() == ["1", "2", "3"]
+    assert (len(array), array[-1].task_id, [task.task_id[-1] for task in array]) == (3, "0" * 25 + "3", ["1", "2", "3"])
+    with pytest.raises(IndexError, match="0 to 2"):
+        array[3]
+
+
+def test_waiting_for_an_array_ends_with_its_time():
+    left = httpx.Response(200, json=ARRAY | {"succeeded": 1, "failed": 0, "cancelled": 0, "unfinished": 2})
+    found, _ = answering(left)
+    with pytest.raises(WaitTimeout, match="2 of the 3 tasks"):
+        Array(found, "0" * 26, 3).wait(0.01)
+
+
+def test_a_log_is_followed_by_its_cursor_until_the_task_has_ended():
+    base = {"task_id": ID, "stderr": "", "attempt": 1}
+    found, seen = answering(
+        httpx.Response(200, json=base | {"stdout": "a", "cursor": "1.1.0", "ended": False}),
+        httpx.Response(200, json=base | {"stdout": "", "cursor": "1.1.0", "ended": False}),
+        httpx.Response(200, json=base | {"stdout": "b", "cursor": "1.2.0", "ended": True}),
+    )
+    assert [piece.stdout for piece in Task(found, ID).logs(follow=True)] == ["a", "b"]
+    assert [request.url.params.get("cursor") for request in seen] == [None, "1.1.0", "1.1.0"]
+    assert all(request.url.params["wait"] for request in seen)
 
 
 def test_waiting_polls_until_the_task_is_final():

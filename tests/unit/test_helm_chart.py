@@ -684,6 +684,40 @@ def test_tasks_may_reach_what_is_named() -> None:
     assert {"ports": [{"port": 6379, "protocol": "TCP"}]} in node["egress"], "a store of one's own is anywhere"
 
 
+# --- results --------------------------------------------------------------------------------------------------------
+
+KEEPERS = {"rocyard-api", "rocyard-controller", "rocyard-node-mi300x"}
+
+
+def test_who_keeps_reads_or_removes_results_has_their_volume() -> None:
+    manifests = render({"groups": {"mi300x": GPUS}, "results": {"existingClaim": "shared"}})
+    url = yaml.safe_load(settings_text(manifests))["results"]["url"]
+    for name, spec in pods(manifests):
+        claims = [v["persistentVolumeClaim"] for v in spec.get("volumes", []) if v["name"] == "results"]
+        mounts = [m["mountPath"] for c in spec["containers"] for m in c.get("volumeMounts", []) if m["name"] == "results"]
+        assert (claims, mounts) == (([{"claimName": "shared"}], [url]) if name in KEEPERS else ([], [])), name
+    assert [problem for m in manifests for problem in helm.problems(m)] == []
+
+
+def test_an_object_store_is_reached_with_credentials_that_no_other_part_has() -> None:
+    rule = {"to": [{"ipBlock": {"cidr": "10.9.0.0/16"}}], "ports": [{"port": 443, "protocol": "TCP"}]}
+    own = {"url": "s3://bucket/folder", "existingSecret": "credentials"}
+    values = {"groups": {"mi300x": GPUS}, "results": own, "networkPolicy": {"resultsEgress": [rule]}}
+    manifests = render(values)
+    assert yaml.safe_load(settings_text(manifests))["results"] == {"url": "s3://bucket/folder"}
+    for name, spec in pods(manifests):
+        given = [source for container in spec["containers"] for source in container.get("envFrom", [])]
+        assert given == ([{"secretRef": {"name": "credentials"}}] if name in KEEPERS else []), name
+        assert "results" not in {volume["name"] for volume in spec.get("volumes", [])}
+    open_to = {m["metadata"]["name"] for m in manifests if m["kind"] == "NetworkPolicy" and rule in m["spec"].get("egress", [])}
+    assert open_to == {"rocyard-api", "rocyard-controller", "rocyard-node"}
+    assert [problem for m in manifests for problem in helm.problems(m)] == []
+
+
+def test_without_a_place_for_results_there_is_none() -> None:
+    assert yaml.safe_load(settings_text(render({})))["results"] == {"url": ""}
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -710,6 +744,9 @@ def test_tasks_may_reach_what_is_named() -> None:
         pytest.param({"store": {"enabled": False}}, ["store.existingSecret must name a Secret"], id="no store"),
         pytest.param({"store": {"keys": {"url": "x"}}}, ["name the Secret"], id="keys of no Secret"),
         pytest.param({"store": {"url": "redis://:pw@h"}}, ["/store", "url"], id="a password in the values"),
+        pytest.param({"results": {"url": "/srv/results"}}, ["/results/url"], id="a folder of each pod's own"),
+        pytest.param({"results": {"url": "s3://b/f", "existingClaim": "c"}}, ["name one of them"], id="two places for results"),
+        pytest.param({"results": {"existingSecret": "s"}}, ["results.url, which is empty"], id="credentials for nothing"),
         pytest.param({"apiKey": "ry_0123456789abcdef"}, ["/apiKey", "want object"], id="a key in the values"),
         pytest.param(
             {"settings": {"store": {"url": "redis://:pw@h"}}}, ["settings.store.url is the chart's own"], id="a secret setting"

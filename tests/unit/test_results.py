@@ -15,12 +15,15 @@ import pytest
 
 from manager.core.errors import ResultMissing, ResultNotStored, SettingsError, StartError
 from manager.core.ids import new_id
+from manager.core.lifecycle import TaskStatus
 from manager.core.model import ResultFile
+from manager.leader_results import is_left_over
 from manager.results import Leftover, NoResults, ResultStore, open_results, shared_url, with_default_folder
 from manager.results.folder import FolderResults
 from manager.results.objects import ObjectResults, moment_of
 from manager.results.store import CHUNK_BYTES, Kind, leftover_of
 from manager.settings import ResultSettings, Settings
+from manager.store.store import Kept
 
 TASK = "01k9ez0000000000000000007k"
 HOUR_S = 3600.0
@@ -336,6 +339,39 @@ def test_an_agent_that_starts_has_an_empty_scratch_folder(tmp_path: Path):
     open_results(settings, scratch)
     assert list(scratch.iterdir()) == []
     assert open_results(settings).place(TASK, 1) is None  # who is no agent has none
+
+
+# --- what is left over ----------------------------------------------------------------------------------------------
+
+NAME = f"files/7k/{TASK}-2.json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "attempt", "file", "goes"),
+    [
+        pytest.param(Kind.RESULT, None, 0, "", True, id="its task was forgotten"),
+        pytest.param(Kind.RESULT, "SUCCEEDED", 2, NAME, False, id="its record names it"),
+        pytest.param(Kind.RESULT, "SUCCEEDED", 3, NAME.replace("-2", "-3"), True, id="another attempt's counts"),
+        pytest.param(Kind.RESULT, "SUCCEEDED", 2, "", True, id="the result is in the record"),
+        pytest.param(Kind.RESULT, "FAILED", 2, "", True, id="nothing counts"),
+        pytest.param(Kind.RESULT, "RUNNING", 2, "", False, id="its agent may still tell of it"),
+        pytest.param(Kind.RESULT, "RUNNING", 3, "", True, id="its attempt was replaced"),
+        pytest.param(Kind.RESULT, "QUEUED", 2, "", True, id="its attempt has gone back"),
+        pytest.param(Kind.RESULT, "RETRY_WAIT", 2, "", True, id="its attempt has failed"),
+        pytest.param(Kind.RESULT, "QUEUED", 1, "", False, id="the store is older than it"),
+        pytest.param(Kind.WRITING, "RUNNING", 2, "", False, id="it is being written"),
+        pytest.param(Kind.WRITING, "QUEUED", 2, "", True, id="nobody writes any more"),
+        pytest.param(Kind.WRITING, "SUCCEEDED", 2, NAME, True, id="what was written is kept elsewhere"),
+        pytest.param(Kind.CHECKPOINTS, "RUNNING", 2, "", False, id="checkpoints of what runs"),
+        pytest.param(Kind.CHECKPOINTS, "BLOCKED", 0, "", False, id="checkpoints of what waits"),
+        pytest.param(Kind.CHECKPOINTS, "SUCCEEDED", 2, NAME, True, id="checkpoints of what has ended"),
+        pytest.param(Kind.CHECKPOINTS, None, 0, "", True, id="checkpoints of nobody"),
+    ],
+)
+def test_what_is_left_over(kind: Kind, status: str | None, attempt: int, file: str, goes: bool):
+    name = {Kind.RESULT: NAME, Kind.WRITING: f"writing/{TASK}-2.json", Kind.CHECKPOINTS: f"checkpoints/{TASK}"}[kind]
+    found = Leftover(name, kind, TASK, 0 if kind is Kind.CHECKPOINTS else 2, 2 * HOUR_S)
+    assert is_left_over(found, Kept(TaskStatus(status) if status else None, attempt, file)) is goes
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------

@@ -107,6 +107,34 @@ limits:
   value: file:/run/secrets/rocyard/store-url
 {{- end }}
 
+{{/* The results store, for who keeps, reads or removes results. */}}
+{{- define "rocyard.resultsEnvFrom" -}}
+{{- with .Values.results.existingSecret }}
+envFrom:
+  - secretRef:
+      name: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "rocyard.resultsMount" -}}
+{{- if .Values.results.existingClaim }}
+- name: results
+  mountPath: {{ include "rocyard.resultsFolder" . }}
+{{- end }}
+{{- end }}
+
+{{- define "rocyard.resultsVolume" -}}
+{{- with .Values.results.existingClaim }}
+- name: results
+  persistentVolumeClaim:
+    claimName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "rocyard.resultsFolder" -}}
+/var/lib/rocyard-results
+{{- end }}
+
 {{- define "rocyard.ownAddress" -}}
 valueFrom:
   fieldRef:
@@ -217,6 +245,7 @@ topologySpreadConstraints:
   "controller" (dict "metrics_port" 9101)
   "node" (dict "metrics_port" 9102)
   "autoscaler" (dict "metrics_port" 9103 "mode" .Values.autoscaler.mode "prometheus_url" .Values.autoscaler.prometheusUrl)
+  "results" (dict "url" (ternary (include "rocyard.resultsFolder" .) .Values.results.url (ne .Values.results.existingClaim "")))
   "groups" $groups -}}
 {{- toYaml (mustMergeOverwrite (deepCopy .Values.settings) $own) -}}
 {{- end }}
@@ -229,6 +258,12 @@ topologySpreadConstraints:
 {{- if and (not .Values.store.existingSecret) (or (ne .Values.store.keys.url "url") (ne .Values.store.keys.workerUrl "worker-url") (ne .Values.store.keys.users "users.acl")) -}}
 {{ fail "store.keys names keys of store.existingSecret, which is empty: leave them as they are, or name the Secret" }}
 {{- end -}}
+{{- if and .Values.results.existingClaim .Values.results.url -}}
+{{ fail "results.existingClaim and results.url are two places for results: name one of them" }}
+{{- end -}}
+{{- if and .Values.results.existingSecret (not .Values.results.url) -}}
+{{ fail "results.existingSecret is for results.url, which is empty" }}
+{{- end -}}
 {{- if and .Values.tls.existingSecret .Values.autoscaler.enabled (not .Values.autoscaler.prometheusUrl) -}}
 {{ fail "with tls.existingSecret the autoscaler needs autoscaler.prometheusUrl: no certificate names the address of a controller's pod, so it cannot read the metrics there" }}
 {{- end -}}
@@ -236,7 +271,7 @@ topologySpreadConstraints:
   "data_dir" "store.url" "store.worker_url" "store.host" "store.port" "tls.directory" "api.host" "api.port" "api.key" "dask.host"
   "dask.port" "dask.dashboard_port" "controller.metrics_host" "controller.metrics_port" "node.name" "node.group" "node.host"
   "node.devices" "node.simulate" "node.simulated_node" "node.stop_drain_s" "node.metrics_host" "node.metrics_port"
-  "autoscaler.mode" "autoscaler.prometheus_url" "autoscaler.metrics_host" "autoscaler.metrics_port" "groups" -}}
+  "autoscaler.mode" "autoscaler.prometheus_url" "autoscaler.metrics_host" "autoscaler.metrics_port" "results.url" "groups" -}}
 {{- range $own -}}
 {{- $path := splitList "." . -}}
 {{- $first := index $path 0 -}}

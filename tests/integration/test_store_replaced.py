@@ -1,0 +1,91 @@
+"""A store that comes back empty under a running cluster: refused by every process, never served as "no tasks"."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+
+from manager.core.errors import NotFound, StoreReplaced, StoreUnavailable
+from tests.integration.cluster import QUICK, Cluster, clusters, eventually
+
+LEASE_S: Final = 4 * float(QUICK["ROCYARD_NODE__BEAT_S"])
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster that this test may break."""
+    yield from clusters(tmp_path)
+
+
+def answer(cluster: Cluster, path: str) -> httpx.Response | None:
+    """What the API answers; None while it does not."""
+    try:
+        return httpx.get(f"{cluster.client.url}{path}", trust_env=False, timeout=5)
+    except httpx.TransportError:
+        return None
+
+
+def refused(cluster: Cluster) -> bool:
+    reply = answer(cluster, "/readyz")
+    return reply is not None and reply.status_code == 503 and "is empty, but this process belongs" in reply.json()["detail"]
+
+
+def test_an_empty_store_is_refused_and_heals_when_the_data_are_back(own_cluster: Cluster):
+    cluster = own_cluster
+    data = cluster.directory / "data" / "store"
+    running = cluster.client.submit("until", {"path": str(cluster.witness_path), "gate": str(cluster.directory / "go")})
+    cluster.wait_started(running)
+    waiting = cluster.client.submit("echo", {"value": 7})
+    assert cluster.client.wait(waiting.task_id, 20).result == {"value": 7}
+    agent = cluster.agent("node-0")
+    executors = {process.pid for process in agent.children(recursive=True)}
+
+    # The store ends, its data go, and its supervisor starts it again, empty.
+    store = cluster.role("store")
+    store.suspend()
+    kept = data.with_name("kept")
+    shutil.copytree(data, kept)
+    shutil.rmtree(data / "appendonlydir")
+    store.kill()
+    emptied = cluster.wait_role("store", store.pid)
+    eventually(lambda: refused(cluster), 20, "/readyz names the empty store")
+    with pytest.raises(StoreReplaced):
+        cluster.client.task(running.task_id)
+    with pytest.raises(StoreReplaced):
+        cluster.client.submit("echo", {"value": 1})
+
+    # A process that starts now knows whose store it must be.
+    api = cluster.role("api")
+    api.kill()
+    cluster.wait_role("api", api.pid)
+    eventually(lambda: refused(cluster), 20, "the next API refuses it as well")
+    over_s = time.monotonic() + 2 * LEASE_S
+    while time.monotonic() < over_s:
+        assert {process.pid for process in agent.children(recursive=True)} >= executors, "an executor was ended"
+        time.sleep(0.05)  # the period of looking
+    assert len(cluster.started(running)) == 1
+
+    # The right data come back.
+    emptied.suspend()
+    shutil.rmtree(data / "appendonlydir")
+    shutil.copytree(kept / "appendonlydir", data / "appendonlydir")
+    emptied.kill()
+    cluster.wait_role("store", emptied.pid)
+
+    def knows() -> bool:
+        try:
+            return cluster.client.task(waiting.task_id).result == {"value": 7}
+        except (StoreUnavailable, NotFound):
+            return False
+
+    eventually(knows, 20, "the API serves the data again")
+    (cluster.directory / "go").touch()
+    assert cluster.wait_all([running])[0].status == "SUCCEEDED"
+    assert len(cluster.started(running)) == 1, "the task ran again"
+    eventually(lambda: answer(cluster, "/readyz").status_code == 200, 20, "/readyz")  # type: ignore[union-attr]
+    log = (cluster.directory / "data" / "logs" / "controller.log").read_text()
+    assert log.count("store_refused") == 1, "said once per change"
