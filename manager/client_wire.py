@@ -90,9 +90,7 @@ class Wire:
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
         except httpx.TransportError as error:
-            raise ClusterUnreachable(
-                f"{self.address.url} did not answer ({_words(error)}); whether it did what was asked is not known."
-            ) from error
+            raise self._no_answer(error) from error
         return self._decoded(response, kind)
 
     def get(
@@ -109,17 +107,18 @@ class Wire:
 
     def _again(self, method: str, path: str, kind: type[T], patience_s: float, **request: Any) -> T:
         end_s = time.monotonic() + patience_s
-        attempt = 0
+        attempt, unknown = 0, False
         while True:
             try:
                 response = self._http.request(method, path, **request)
                 if response.status_code not in {502, 503, 504} or _FULL in response.content or time.monotonic() >= end_s:
                     return self._decoded(response, kind)
+                self._answered = True
             except httpx.TransportError as error:
-                never_there = not self._answered and (method == "GET" or isinstance(error, httpx.ConnectError))
-                # What has never answered is most likely not there: say so at once.
-                if never_there or time.monotonic() >= end_s:
-                    raise self._unreachable(error) from error
+                unknown = unknown or (method == "POST" and not isinstance(error, httpx.ConnectError))
+                # What has never answered is most likely not there: say so at once, unless it may have taken something.
+                if (not self._answered and not unknown) or time.monotonic() >= end_s:
+                    raise (self._no_answer(error) if unknown else self._unreachable(error)) from error
             # Full jitter, so that the clients of a restarted API do not come back together.
             time.sleep(min(random.uniform(0, min(PAUSE_S_MAX, 0.1 * 2**attempt)), max(end_s - time.monotonic(), 0)))  # noqa: S311
             attempt += 1
@@ -168,6 +167,11 @@ class Wire:
         if isinstance(refusal, Unauthorized):
             return Unauthorized(f"{refusal} The key came from {self.address.key_source}.", **refusal.details)
         return refusal
+
+    def _no_answer(self, error: httpx.TransportError) -> ClusterUnreachable:
+        return ClusterUnreachable(
+            f"{self.address.url} did not answer ({_words(error)}); whether it did what was asked is not known."
+        )
 
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachable:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):

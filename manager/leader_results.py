@@ -21,6 +21,8 @@ from manager.store import Store
 from manager.store.store import Kept
 
 SCAN_S: Final = 3600.0
+AGAIN_S: Final = 60.0
+"""After a scan that failed: the results store is away, or the store."""
 FIRST_SCAN_S: Final = 2.0
 """After a leader's first round: what was left when the one before it died need not lie there for an hour."""
 AGE_S: Final = 3600.0
@@ -91,8 +93,13 @@ class LeaderResults:
             names, self._forgotten = self._forgotten[:BATCH], self._forgotten[BATCH:]
             RESULTS_REMOVED.labels(why="retention").inc(await self._results.remove(names))
         if now_s >= self._next_s:
-            self._next_s = now_s + SCAN_S
-            await self.scan()
+            self._next_s = now_s + AGAIN_S
+            try:
+                await self.scan()
+            except OSError as error:
+                log.warning("results_not_scanned", error=str(error))
+            else:
+                self._next_s = now_s + SCAN_S
 
     async def scan(self) -> int:
         """Look at all that lies there once; how much was removed."""

@@ -13,22 +13,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from manager.client import Task, task_request
+    from manager.client import Array, Task, task_request
     from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, UnexpectedAnswer, WaitTimeout
     from manager.core.errors import (
         BadRequest,
+        DeadlinePassed,
         Forbidden,
         FunctionNotFound,
+        IdempotencyConflict,
         Infeasible,
         InvalidArguments,
+        NameTaken,
         NotFound,
         QuotaExceeded,
+        ResultMissing,
         RocyardError,
         SettingsError,
         StoreFull,
         StoreUnavailable,
         TooLarge,
         Unauthorized,
+        UnknownDependency,
         Unprocessable,
         UnsupportedMediaType,
     )
@@ -44,20 +49,25 @@ if TYPE_CHECKING:
     from rocyard.task import array_index, attempt, checkpoint, checkpoint_folder, last_checkpoint, progress, task_id
 
 __all__ = [
+    "Array",
     "BadRequest",
     "Client",
     "ClusterUnreachable",
+    "DeadlinePassed",
     "Forbidden",
     "FunctionNotFound",
     "GpuAnnotationRefused",
     "GpuResultUnreadable",
     "GpuTaskCrashed",
     "GpuTaskError",
+    "IdempotencyConflict",
     "Infeasible",
     "InvalidArguments",
     "MemoryExceeded",
+    "NameTaken",
     "NotFound",
     "QuotaExceeded",
+    "ResultMissing",
     "RocyardError",
     "SettingsError",
     "StoreFull",
@@ -68,6 +78,7 @@ __all__ = [
     "TooLarge",
     "Unauthorized",
     "UnexpectedAnswer",
+    "UnknownDependency",
     "Unprocessable",
     "UnsupportedMediaType",
     "WaitTimeout",
@@ -85,6 +96,7 @@ __all__ = [
 
 _ELSEWHERE: Final = {
     "Client": "rocyard.client",
+    "Array": "manager.client",
     "Task": "manager.client",
     "task_request": "manager.client",
     "ClusterUnreachable": "manager.client_errors",

@@ -79,14 +79,14 @@ def store(target: Target) -> tuple[Check, ...]:
             remedy = "rocyard up starts one; to look at another one, set store.url"
             return (doctor.no_store(target.nothing_runs(), remedy, fails=False),)
         expected = settings.store.cluster or known_cluster(target.data_dir)
-        facts = asyncio.run(_ask_store(settings_for(settings, _role(settings)).store.url.value, expected))
+        facts = asyncio.run(_ask_store(settings_for(settings, role_at_hand(settings)).store.url.value, expected))
     except (RocyardError, OSError, ValueError, KeyError) as error:
         remedy = "see that it runs, what store.url says, and what lies between: a firewall, a password, TLS"
         return (doctor.no_store(str(error), remedy, fails=True),)
     return doctor.store_checks(facts, clock_synchronised())
 
 
-def _role(settings: Settings) -> Role:
+def role_at_hand(settings: Settings) -> Role:
     """A role whose certificate lies on this machine; the client's where there is none, whose absence is then told."""
     for role in Role:
         try:
@@ -160,7 +160,7 @@ def scheduler(target: Target) -> Check:
         return doctor.no_cluster("scheduler", target.nothing_runs())
     try:
         settings = _with_scheduler(target)
-        files = tls_files(settings.tls, _role(settings))
+        files = tls_files(settings.tls, role_at_hand(settings))
     except RocyardError as error:
         return doctor.no_cluster("scheduler", f"dask.port is 0, and the API does not tell which it is: {error}")
     return asyncio.run(_ask_scheduler(dask_address(settings), files))

@@ -13,13 +13,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from manager.cli.text import NONE, ago, arguments_of, clock, count, memory, one_line, plain, span
+from manager.cli.text import NONE, ago, arguments_of, bar, clock, count, memory, one_line, plain, span
 from manager.core.answers import Cancelled, FunctionView, QueueView, TaskSummary, TaskView, resources_in
-from manager.core.lifecycle import TaskStatus
+from manager.core.lifecycle import AfterFailed, TaskStatus
 from manager.core.model import TaskError
 from manager.core.quantities import format_duration, format_memory
 from manager.core.wanted import more_words_of
 
+BAR_COLUMNS: Final = 24
 RESULT_CHARS_MAX: Final = 4000
 """A screen or two; `--output json` has all of it."""
 
@@ -68,8 +69,8 @@ def task_table(tasks: Sequence[TaskSummary], now: dt.datetime | None = None) -> 
     for task in tasks:
         cells = [
             Text(task.task_id),
-            Text(task.status, STYLES[task.status]),
-            Text(one_line(task.function, 24)),
+            Text(task.status + _percent(task), STYLES[task.status]),
+            Text(one_line(task.function, 24) + ("" if task.index is None else f"[{task.index}]")),
             Text(one_line(task.node or NONE, 20)),
             Text(ago(task.created_at, now).removesuffix(" ago")),
             Text(span(task.started_at, task.finished_at)),
@@ -98,6 +99,12 @@ def task_screen(task: TaskView) -> RenderableType:
     ]
     if task.priority:
         pairs.insert(5, ("priority", Text(str(task.priority))))
+    pairs[2:2] = _belongings(task)
+    pairs += _conditions(task)
+    if task.progress is not None:
+        pairs.append(("progress", progress_bar(task.progress, task.progress_message)))
+    if task.checkpoint:
+        pairs.append(("checkpoint", Text(one_line(task.checkpoint))))
     if not isinstance(task.args, msgspec.UnsetType):
         pairs.append(("arguments", json_text(bytes(task.args))))
     if task.status is TaskStatus.SUCCEEDED:
@@ -106,6 +113,52 @@ def task_screen(task: TaskView) -> RenderableType:
     if task.error is not None:
         parts.append(error_text(task.error))
     return Group(*parts)
+
+
+def progress_bar(progress: float, message: str) -> Text:
+    """How far it is, as it says itself."""
+    text = Text()
+    for character, run in bar([(progress, "█")], BAR_COLUMNS):
+        text.append(run, "blue" if character == "█" else "dim")
+    return text.append(f" {progress:.0%}" + (f"  {one_line(message, 120)}" if message else ""))
+
+
+def _percent(task: TaskSummary) -> str:
+    return f" {task.progress:.0%}" if task.progress is not None and task.status is TaskStatus.RUNNING else ""
+
+
+def _belongings(task: TaskView) -> list[tuple[str, RenderableType]]:
+    """Its name, and the array that it is one of."""
+    found: list[tuple[str, RenderableType]] = []
+    if task.name is not None:
+        found.append(("name", Text(task.name)))
+    if task.array_id is not None:
+        found.append(("array", Text(f"{task.array_id}, index {task.index}")))
+    return found
+
+
+def _conditions(task: TaskView) -> list[tuple[str, RenderableType]]:
+    """When it may begin, when it must have ended, and what it is tried again for."""
+    found: list[tuple[str, RenderableType]] = []
+    if task.after:
+        left = f"{task.waits} of {len(task.after)} to go" if task.waits else "all have ended"
+        then = ", then it runs however they end" if task.after_failed is AfterFailed.RUN else ""
+        found.append(("after", Text("\n".join([left + then, *task.after]))))
+    if task.max_attempts > 1:
+        which = ", ".join(task.retry_on) if task.retry_on else "any error"
+        found.append(("tried again", Text(f"on {which}, up to {task.max_attempts} runs")))
+    limits = [
+        f"{what} within {format_duration(value)}"
+        for what, value in (("started", task.start_timeout_s), ("ended", task.total_timeout_s))
+        if value is not None
+    ]
+    if task.deadline_at is not None:
+        limits.append(f"ended by {clock(task.deadline_at)}")
+    if limits:
+        found.append(("must be", Text(", ".join(limits))))
+    if task.more_memory:
+        found.append(("memory", Text("it ran out of device memory once, and has more room now", "yellow")))
+    return found
 
 
 def needs(view: TaskView | FunctionView | QueueView) -> str:

@@ -6,9 +6,9 @@ folders for checkpoints: what a function writes elsewhere it reports by itself.
 
 import asyncio
 import datetime as dt
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import fsspec
 
@@ -20,6 +20,8 @@ from manager.results.store import CLOCK, FILES, Leftover, checked_name, file_nam
 
 MOMENTS: Final = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 """What file systems call the time of the last change."""
+
+T = TypeVar("T")
 
 log = get_logger("rocyard.results")
 
@@ -120,9 +122,9 @@ class ObjectResults:
 
     async def scan(self) -> AsyncIterator[list[Leftover]]:
         """All files, by the parts that their names spread over. See `ResultStore`."""
-        now_s = await asyncio.to_thread(self._clock_s)
-        for folder in await asyncio.to_thread(self._folders):
-            found = await asyncio.to_thread(self._listed, folder, now_s)
+        now_s = await _told(self._clock_s)
+        for folder in await _told(self._folders):
+            found = await _told(self._listed, folder, now_s)
             for first in range(0, len(found), BATCH):
                 yield found[first : first + BATCH]
 
@@ -172,6 +174,20 @@ class ObjectResults:
         self.system.pipe_file(name, b".")
         self.system.invalidate_cache()
         return moment_of(self.system.info(name)) or 0.0
+
+
+async def _told(ask: Callable[..., T], *args: Any) -> T:
+    """The answer of a file system, each of which has errors of its own.
+
+    Raises:
+        OSError: it has none.
+    """
+    try:
+        return await asyncio.to_thread(ask, *args)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error) or type(error).__name__) from error
 
 
 def moment_of(info: dict[str, Any]) -> float | None:

@@ -80,7 +80,11 @@ class ResultStore(Protocol):
         """
 
     def scan(self) -> AsyncIterator[list[Leftover]]:
-        """All that lies there, in lists of bounded length."""
+        """All that lies there, in lists of bounded length.
+
+        Raises:
+            OSError: it is away.
+        """
 
     async def remove(self, names: Sequence[str]) -> int:
         """Remove what a scan has found, or what a record has named; how much of it was there."""

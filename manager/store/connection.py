@@ -300,19 +300,50 @@ class StoreConnection:
 
     async def _open(self) -> _Protocol:
         loop = asyncio.get_running_loop()
-        options = self._options
-        if "path" in options:
-            _, protocol = await loop.create_unix_connection(lambda: _Protocol(self), options["path"])
+        if "path" in self._options:
+            _, protocol = await loop.create_unix_connection(lambda: _Protocol(self), self._options["path"])
             return protocol
-        context: ssl.SSLContext | None = None
-        if options.get("connection_class") is not None:
-            # Made anew for each connection: certificates are renewed while a process runs.
-            ca, certificate, key = (options.get(name) or "" for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"))
-            context = client_context(ca, certificate, key, least=STORE_VERSION_MIN)
-        _, protocol = await loop.create_connection(
-            lambda: _Protocol(self), options.get("host", "localhost"), int(options.get("port", 6379)), ssl=context
-        )
+        host, port = self._address()
+        _, protocol = await loop.create_connection(lambda: _Protocol(self), host, port, ssl=self._context())
         return protocol
+
+    def _address(self) -> tuple[str, int]:
+        return self._options.get("host", "localhost"), int(self._options.get("port", 6379))
+
+    def _context(self) -> ssl.SSLContext | None:
+        """For TLS. Made anew for each connection: certificates are renewed while a process runs."""
+        if self._options.get("connection_class") is None:
+            return None
+        ca, certificate, key = (self._options.get(name) or "" for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"))
+        return client_context(ca, certificate, key, least=STORE_VERSION_MIN)
+
+    @property
+    def database(self) -> int:
+        """The number of the database that the URL names."""
+        return int(self._options.get("db") or 0)
+
+    async def stream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of its own as a plain stream, greeted, for what is no call and answer.
+
+        Raises:
+            StoreUnavailable: it could not be made.
+        """
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                if "path" in self._options:
+                    reader, writer = await asyncio.open_unix_connection(self._options["path"])
+                else:
+                    host, port = self._address()
+                    reader, writer = await asyncio.open_connection(host, port, ssl=self._context())
+                for command in self._greeting():
+                    writer.write(hiredis.pack_command(command))
+                    line = await reader.readline()
+                    if line.startswith(b"-") and command[0] != "CLIENT":
+                        writer.close()
+                        raise _translated(StoreReplyError(line[1:].strip().decode(errors="replace")))
+        except OSError as error:
+            raise _unconnected(error) from None
+        return reader, writer
 
     def _greeting(self) -> list[tuple[Any, ...]]:
         options = self._options

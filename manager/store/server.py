@@ -133,7 +133,7 @@ class EmbeddedStore:
 
     def _refuse_second_server(self, folder: Path) -> None:
         """Two servers on one folder would ruin its log, and a survivor of a crash may be too busy to answer."""
-        pid = _server_in(folder)
+        pid = server_in(folder)
         if pid is not None:
             raise StartError(
                 f"a store runs on {self._data_dir} already (pid {pid}): stop that cluster first (rocyard down, or "
@@ -185,6 +185,18 @@ def find_program(wanted: str = "", *, tls: bool = False) -> _Program:
     )
 
 
+def programs_like(server: str) -> list[str]:
+    """Paths of the server programs here, those first that are called as `server` begins, such as ``redis 7.0.15``.
+
+    Raises:
+        StartError: there is none.
+    """
+    found = list(dict.fromkeys(_candidates()))
+    if not found:
+        return [find_program().path]  # which says what to install
+    return sorted(found, key=lambda path: not Path(path).name.startswith(server.split(" ")[0]))
+
+
 def is_ready(url: str) -> bool:
     """Whether the store at `url` answers and has loaded its data. Takes up to two seconds."""
     try:
@@ -194,7 +206,7 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def _server_in(folder: Path) -> int | None:
+def server_in(folder: Path) -> int | None:
     """The process id of a server whose working folder, which is where its data are, is `folder`."""
     for process in psutil.process_iter(["name"]):
         if (process.info["name"] or "").startswith(("redis", "valkey")):

@@ -705,6 +705,22 @@ class Store:
         info = await self._raw("INFO", *SECTIONS)
         return durability_of(await self._settings(), info_lines(info.decode()))
 
+    async def server(self) -> str:
+        """Program and version of the server."""
+        info = info_lines((await self._raw("INFO", "server")).decode())
+        name, version = ("valkey", info["valkey_version"]) if "valkey_version" in info else ("redis", info["redis_version"])
+        return f"{name} {version}"
+
+    async def restored(self, restoration: str) -> int:
+        """The data are a backup's: see that nobody from before can write. How many slots were closed. May be called again."""
+        before = int(await self._raw("SCARD", self.keys.slots))
+        while True:
+            left = int(await self._run("ry_restored", restoration, IDS_MAX))
+            if not left:
+                break
+        await self._raw("DEL", self.keys.services)  # where processes were that are gone
+        return before
+
     async def _settings(self) -> dict[str, str] | None:
         """Settings of the server; None where they may not be read."""
         try:

@@ -144,6 +144,8 @@ class SlotRunner:
         work = self.work
         work.news.clear()
         await work.begin(claims, shape)
+        if self._closing is not None:  # it was said while the executor was starting
+            work.end(self._closing)
         while work.busy:
             await work.news.wait()
             work.news.clear()
@@ -166,8 +168,9 @@ class SlotRunner:
     async def _report_notes(self) -> None:
         try:
             await self._tell_notes()
-        except StoreUnavailable as error:  # they are told with the end of the attempt, or with the next of them
+        except StoreUnavailable as error:
             log.warning("notes_not_reported", slot=self.slot_id, error=str(error))
+            self.work.tell_notes_soon()
 
     async def _tell_notes(self) -> None:
         """Tell the store what running functions have reported; raises StoreUnavailable."""

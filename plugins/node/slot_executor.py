@@ -19,7 +19,7 @@ from manager.core.lifecycle import Outcome
 from manager.core.model import Claim, End, MemoryNote, ProgressNote, ResultFile, TaskError
 from manager.core.quantities import format_memory
 from manager.core.shapes import Grant, Shape
-from manager.core.wire import Batch, Call, Done, Note
+from manager.core.wire import FRAME_BYTES_MAX, Batch, Call, Done, Note
 from manager.log import get_logger
 from manager.metrics import EXECUTOR_RESTARTS
 from manager.results import ResultStore
@@ -155,7 +155,7 @@ class SlotExecutor:
                     lease_s=context.lease_s,
                     path=path,
                     log_bytes_max=context.tasks.log_bytes_max,
-                    inline_bytes_max=context.inline_bytes_max,
+                    inline_bytes_max=min(context.inline_bytes_max, FRAME_BYTES_MAX // 2),
                     result_bytes_max=context.tasks.result_bytes_max,
                     on_done=self._on_done,
                     on_exit=self._on_exit,
@@ -278,6 +278,10 @@ class SlotExecutor:
         news = checked(note)
         known = self.notes.get(note.task_id)
         self.notes[note.task_id] = merged(known, news) if known is not None else news
+        self.tell_notes_soon()
+
+    def tell_notes_soon(self) -> None:
+        """Say that there is news of them, at their pace."""
         if self._note_timer is None:
             wait_s = self._noted_s + NOTE_PERIOD_S - time.monotonic()
             self._note_timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._tell_notes)

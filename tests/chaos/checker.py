@@ -22,8 +22,8 @@ FINAL: Final = ("SUCCEEDED", "FAILED", "CANCELLED")
 SHOWN_MAX: Final = 10
 WRITING_S: Final = 2.0
 """A result is written within this time after its function has come to its end."""
-OWN: Final = ("agent", "node", "executor")
-OF_ALL: Final = ("store", "all")
+OWN: Final = ("agent", "node", "executor", "machine")
+OF_ALL: Final = ("store", "all", "machine")
 
 
 class Times(msgspec.Struct, frozen=True):

@@ -17,16 +17,15 @@ from typing import Final
 import msgspec
 import psutil
 
-from manager import ports
 from manager.children import Child, Command, tied
 from manager.fleet import with_simulated_group
 from manager.results import with_default_folder
 from manager.settings import Secret
 from manager.settings_load import load_settings
 from manager.store.server import HOST, find_program
-from manager.store.server import _free_port as free_store_port
+from manager.store.server import _free_port as free_server_port
 from tests.chaos.proxy import Proxy
-from tests.chaos.store_program import STARTS
+from tests.chaos.store_program import CUT, STARTS
 from tests.integration.cluster import Cluster
 
 WITNESS: Final = Path(__file__).parent / "witness"
@@ -102,14 +101,15 @@ class ChaosCluster(Cluster):
         directory.mkdir(parents=True, exist_ok=True)
         self.skipped: dict[str, str] = {}
         self.program = _version()
-        self.store_port = free_store_port(HOST)
-        self.proxy_port = free_store_port(HOST)
-        dask_port, dashboard_port, api_port = (ports.free_port(HOST) for _ in range(3))
+        self.store_port = free_server_port(HOST)
+        self.proxy_port = free_server_port(HOST)
+        # Below those that the system gives to clients: one that calls a dead server would be given its port in the end.
+        dask_port, dashboard_port, api_port = (free_server_port(HOST) for _ in range(3))
         binaries = install_program(directory, self.store_port)
         try:
             build_synced(directory)
         except Unavailable as error:
-            self.skipped["power store"] = str(error)
+            self.skipped["power store"] = self.skipped["power machine"] = str(error)
         environ = {
             **SETTINGS,
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
@@ -127,6 +127,7 @@ class ChaosCluster(Cluster):
         self.proxy = Proxy(HOST, self.store_port)
         self.results = directory / "data" / "results"
         self.disks = {"store": directory / "data" / "store", "results": self.results}
+        self._died: list[str] = []
         self._mounted: list[Path] = []
         self._second: Child | None = None
 
@@ -145,23 +146,49 @@ class ChaosCluster(Cluster):
         """Start everything."""
         for name, folder in self.disks.items():
             self._mount(name, folder)
+        await self._up()
+        self._second = Child(self._controller(), self.directory / "data" / "logs", self._note_second)
+        await self._second.start()
+
+    async def _up(self) -> None:
+        """Start ``rocyard up``, and wait until tasks can run."""
+        before = self._store_starts()
         starting = asyncio.create_task(asyncio.to_thread(self.start))
         # Not before the supervisor has looked whether the port is free; the store's start says that it has.
-        while not (self.directory / STARTS).exists() and not starting.done():  # noqa: ASYNC110 -- a file tells nobody
+        while self._store_starts() == before and not starting.done():  # noqa: ASYNC110 -- a file tells nobody
             await asyncio.sleep(0.02)
         if not starting.done():
             await self.proxy.listen(self.proxy_port)
         await starting
-        self._second = Child(self._controller(), self.directory / "data" / "logs", self._note_second)
-        await self._second.start()
+
+    def _store_starts(self) -> int:
+        starts = self.directory / STARTS
+        return len(starts.read_bytes().splitlines()) if starts.exists() else 0
+
+    async def crash(self) -> None:
+        """Cut the power of the machine: all that ``rocyard up`` has started ends with it, and the store's log as it would."""
+        assert self.process is not None
+        (self.directory / CUT).touch()
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+    async def start_again(self) -> None:
+        """Start what ended in a crash."""
+        self._died += self._died_by_log()
+        await self.proxy.deafen()
+        await self._up()
 
     def _note_second(self, name: str, status: int) -> None:
         with self.output.open("a") as output:
             output.write(f"{name} ended ({f'exit status {status}' if status >= 0 else f'signal {-status}'}); started again\n")
 
+    @property
     def died(self) -> tuple[str, ...]:
         """Processes that ended by themselves and were started again, as the supervisor says: those that no signal ended."""
-        return tuple(f"{name} ended with {how}" for name, how in _ENDED.findall(self.output.read_text(errors="replace")))
+        return (*self._died, *self._died_by_log())
+
+    def _died_by_log(self) -> list[str]:
+        return [f"{name} ended with {how}" for name, how in _ENDED.findall(self.output.read_text(errors="replace"))]
 
     async def end(self) -> None:
         """End everything."""
@@ -205,11 +232,13 @@ class ChaosCluster(Cluster):
     def look(self) -> "Processes":
         """All processes that there are now. Takes some milliseconds: not in an event loop."""
         assert self.process is not None
-        family = psutil.Process(self.process.pid).children(recursive=True)
+        family = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid).children(recursive=True)
         if self._second is not None and self._second.pid is not None:
             with contextlib.suppress(psutil.Error):
                 family.append(psutil.Process(self._second.pid))
-        found = Processes()
+        found = Processes(family)
         for process in family:
             with contextlib.suppress(psutil.Error):
                 found.add(process)
@@ -219,7 +248,8 @@ class ChaosCluster(Cluster):
 class Processes:
     """Processes by part. An agent comes with its node's name only where it is asked from its settings: so by its pid."""
 
-    def __init__(self) -> None:
+    def __init__(self, everybody: list[psutil.Process]) -> None:
+        self.everybody = everybody
         self.parts: dict[str, list[psutil.Process]] = {}
 
     def add(self, process: psutil.Process) -> None:

@@ -49,6 +49,8 @@ class Nemesis:
             match one.what:
                 case "kill" | "freeze":
                     await self._signal(one, processes)
+                case "power" if one.whom == "machine":
+                    await self._crash(one, processes)
                 case "power":
                     await self._cut_power(one, processes)
                 case "full":
@@ -116,6 +118,12 @@ class Nemesis:
         for victim in processes.of("store"):
             _send(victim, signal.SIGKILL)
         self._tell(one, at, _pids(processes.of("store")))
+
+    async def _crash(self, one: Planned, processes: Processes) -> None:
+        at = now()
+        await self.cluster.crash()
+        self._tell(one, at, _pids(processes.everybody))
+        await self.cluster.start_again()
 
     async def _fill(self, one: Planned, processes: Processes) -> None:
         at = now()

@@ -1,7 +1,8 @@
 """Which faults come when: a pure function of the seed.
 
 One fault each 3 to 8 seconds, at most two under way at once, none in the last part of a run, which heals. Kinds are dealt
-like cards: none comes again before all others have come.
+like cards: none comes again before all others have come. The power of the whole machine is cut in long runs only, and alone:
+its supervisor takes some seconds to start, and may refuse to where a disk is full.
 """
 
 import random
@@ -40,6 +41,9 @@ KINDS: Final[dict[str, tuple[float, float]]] = {
     "full store": (2, 6),
     "full results": (2, 6),
 }
+LONG: Final = {"power machine": (15, 15)}
+LONG_S: Final = 100.0
+"""A run of so many seconds is long."""
 
 
 class Planned(msgspec.Struct, frozen=True):
@@ -63,20 +67,22 @@ def plan(seed: int, seconds: float, heal_s: float) -> tuple[Planned, ...]:
     """All faults of a run of so many seconds, of which the last `heal_s` have none."""
     chance = random.Random(f"plan {seed}")
     until_s = seconds - heal_s
+    kinds = KINDS | (LONG if seconds >= LONG_S else {})
     deck: list[str] = []
     planned: list[Planned] = []
     at_s = chance.uniform(*GAP_S)
     while at_s < until_s:
         if not deck:
-            deck = chance.sample(sorted(KINDS), len(KINDS))
+            deck = chance.sample(sorted(kinds), len(kinds))
         kind = deck.pop()
         what, whom = kind.split()
         under_way = sorted(one.at_s + one.for_s for one in planned if one.at_s + one.for_s > at_s)
-        if len(under_way) >= AT_ONCE_MAX:
-            at_s = under_way[-AT_ONCE_MAX + 1]
+        others_max = 0 if kind in LONG else AT_ONCE_MAX - 1
+        if len(under_way) > others_max:
+            at_s = under_way[-1 - others_max]
             if at_s >= until_s:
                 break
-        for_s = min(chance.uniform(*KINDS[kind]), until_s - at_s)
+        for_s = min(chance.uniform(*kinds[kind]), until_s - at_s)
         planned.append(Planned(len(planned) + 1, round(at_s, 3), what, whom, round(for_s, 3), chance.random()))
-        at_s += chance.uniform(*GAP_S)
+        at_s += max(chance.uniform(*GAP_S), for_s if kind in LONG else 0)
     return tuple(planned)

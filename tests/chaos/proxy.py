@@ -47,9 +47,14 @@ class Proxy:
     async def listen(self, port: int) -> None:
         self._server = await asyncio.start_server(self._meet, self.host, port)
 
-    async def close(self) -> None:
+    async def deafen(self) -> None:
+        """Listen no more, until told to again; links that there are stay."""
         if self._server is not None:
             self._server.close()
+            self._server = None
+
+    async def close(self) -> None:
+        await self.deafen()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

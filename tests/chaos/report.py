@@ -27,7 +27,9 @@ _WORDS: Final = {
 
 _HOW_COUNTED: Final = (
     "Tasks that ran again count under the fault that explains them: the one on their own agent or executor, else on the store. "
-    "Seconds are from the fault until the interrupted task ran again."
+    "Seconds are from the fault until the interrupted task ran again, often with another fault under way and no free slot; the "
+    "lease is 5 s here, so that a run heals within itself. With default settings and one fault at a time: "
+    "`benchmarks/recovery.py`."
 )
 
 

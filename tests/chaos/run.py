@@ -91,7 +91,7 @@ async def _run(seed: int, seconds: float, folder: Path, cluster: ChaosCluster, s
         program=cluster.program,
         cpus=os.cpu_count() or 1,
         recount=recount,
-        died=cluster.died(),
+        died=cluster.died,
         skipped=cluster.skipped,
     )
     (folder / history.RUN).write_bytes(msgspec.json.encode(done))

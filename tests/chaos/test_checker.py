@@ -223,6 +223,7 @@ def test_a_broken_promise_is_told_by_its_name(tmp_path: Path, break_it: Callable
         (fault("kill", "executor", 10), "executor-kill"),
         (fault("cut", "agent", 1, at=1.0, until=3.0), "agent-cut"),
         (fault("kill", "store", 99), "store-kill"),
+        (fault("power", "machine", 99), "machine-power"),
         (fault("stall", "all", 99), "all-stall"),
     ],
 )
@@ -236,7 +237,7 @@ def test_a_fault_of_its_own_explains_that_a_task_ran_again(tmp_path: Path, met: 
     assert verdict.recovery.keys() <= {kind}
 
 
-@pytest.mark.parametrize(("at", "problems"), [(2.5, []), (5.0, ["wrong"])])
+@pytest.mark.parametrize(("at", "problems"), [(2.5, []), (5.5, ["wrong"])])
 def test_a_result_may_be_lost_to_a_full_disk_and_to_nothing_else(tmp_path: Path, at: float, problems: list[str]) -> None:
     past = Past()
     past.rows = [Row(task="t", state="FAILED", key="k", attempt=1, error="ResultNotStored")]
@@ -280,9 +281,13 @@ def test_the_same_seed_plans_the_same_faults_within_the_rules() -> None:
         planned = plan(seed, 300, 30)
         assert planned == plan(seed, 300, 30)
         assert planned != plan(seed + 1, 300, 30)
+        assert {one.whom for one in plan(seed, 60, 15)}.isdisjoint({"machine"})
         assert all(one.at_s + one.for_s <= 270.01 for one in planned)
         gaps = [after.at_s - before.at_s for before, after in itertools.pairwise(planned)]
         assert min(gaps) >= GAP_S[0] - 0.01
         for one in planned:
-            others = [other for other in planned if other.at_s <= one.at_s < other.at_s + other.for_s and other is not one]
-            assert len(others) < AT_ONCE_MAX
+            others = [
+                other for other in planned if other.at_s <= one.at_s < other.at_s + other.for_s - 0.01 and other is not one
+            ]
+            assert len(others) < (1 if one.whom == "machine" else AT_ONCE_MAX)
+            assert all(other.whom != "machine" for other in others)

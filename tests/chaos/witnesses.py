@@ -105,7 +105,7 @@ class Watch:
         except FileNotFoundError:
             return {}
         newest = {note.pid: note for note in map(_decode_note, lines)}
-        return {pid: note.agent for pid, note in newest.items() if note.event == "start"}
+        return {pid: note.agent for pid, note in newest.items() if note.event == "start" and Path(f"/proc/{pid}").exists()}
 
 
 async def dump_store(url: str, rows: Writer, results: Path) -> str:

@@ -53,6 +53,7 @@ async def test_an_attempt_that_does_not_end_its_task_is_kept(lab: Lab, outcome: 
     if why is None:
         assert found == []
         return
+    assert len(found) == 1, "an attempt was not noted"
     ((number, attempt),) = found
     assert (number, attempt.node, attempt.slot, attempt.why, attempt.message) == (1, "n1", slot, why, message)
     assert 0 < attempt.claimed_ms <= attempt.ended_ms
@@ -63,6 +64,11 @@ def test_the_table_of_histories_is_complete():
     assert {outcome for outcome, *_ in HISTORY} == set(Outcome)
 
 
+async def preempt(lab: Lab, agent: Agent, slot: str) -> None:
+    await lab.store.flag(lab.token, SlotFlag.PREEMPT, [slot])
+    await lab.store.close_slot(slot, agent.incarnation, "Preempted")
+
+
 SLOT_ENDS: dict[str, tuple[Callable[[Lab, Agent, str], Awaitable[object]], str, int]] = {
     # how the slot ends, why the attempt did, and losses counted
     "closed": (lambda lab, agent, slot: lab.store.close_slot(slot, agent.incarnation, "Failed"), "Failed", 1),
@@ -70,13 +76,8 @@ SLOT_ENDS: dict[str, tuple[Callable[[Lab, Agent, str], Awaitable[object]], str, 
     "lost": (lambda lab, agent, slot: lab.store.lost(lab.token, "n1", agent.incarnation), "NodeLost", 1),
     "restart": (lambda lab, agent, slot: lab.agent("n1"), "AgentRestarted", 1),
     "leaves": (lambda lab, agent, slot: lab.store.leave("n1", agent.incarnation), "AgentStopped", 1),
-    "preempted": (lambda lab, agent, slot: preempt(lab, agent, slot), "Preempted", 0),
+    "preempted": (preempt, "Preempted", 0),
 }
-
-
-async def preempt(lab: Lab, agent: Agent, slot: str) -> None:
-    await lab.store.flag(lab.token, SlotFlag.PREEMPT, [slot])
-    await lab.store.close_slot(slot, agent.incarnation, "Preempted")
 
 
 @pytest.mark.parametrize("how", SLOT_ENDS)

@@ -6,6 +6,7 @@ import pytest
 
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import BeatReply
+from manager.store.store import KeptLog
 from tests.contract.store_harness import RED, Lab, end, submission
 
 
@@ -104,6 +105,20 @@ async def test_a_log_is_of_the_newest_attempt_and_grows(lab: Lab):
     assert await lab.store.log(task) == (b"2", b"", 0)
     await lab.store.keep_log("no-such-task", 1, b"x", b"", 0)
     assert await lab.store.log("no-such-task") == (b"", b"", 0)
+
+
+async def test_a_log_says_where_each_of_its_streams_begins(lab: Lab):
+    agent = await lab.agent()
+    task = await lab.one()
+    slot = await lab.open(agent)
+    await lab.claim(agent, slot)
+    assert await lab.store.kept_log(task) == KeptLog(0, b"", b"", 0, 0)
+    await lab.store.keep_log(task, 1, b"out", b"err", 3, 4)
+    assert await lab.store.kept_log(task) == KeptLog(1, b"out", b"err", 3, 4)
+    assert await lab.store.log(task) == (b"out", b"err", 7)
+    # An agent of the version before says only how much of both was dropped.
+    await lab.store._run("ry_log", task, 1, b"out", b"err", 8)
+    assert await lab.store.kept_log(task) == KeptLog(1, b"out", b"err", 8, 0)
 
 
 async def test_events_tell_each_end_and_large_results_are_left_to_the_record(lab: Lab):

@@ -49,9 +49,7 @@ async def test_of_a_deadline_and_a_total_timeout_the_earlier_one_counts(lab: Lab
     assert int((await dump(lab.store)).tasks[task]["end_by"]) - now_ms == pytest.approx(30_000, abs=1_000)
 
 
-@pytest.mark.parametrize(
-    ("field", "reason"), [pytest.param("start_by", "StartTimeout", id="start"), pytest.param("end_by", "DeadlineExceeded", id="end")]
-)
+@pytest.mark.parametrize(("field", "reason"), [("start_by", "StartTimeout"), ("end_by", "DeadlineExceeded")])
 async def test_what_waits_fails_when_its_time_is_up(lab: Lab, field: str, reason: str):
     limits = {"start_timeout_s": LONG_S} if field == "start_by" else {"total_timeout_s": LONG_S}
     parent = await lab.one()

@@ -111,7 +111,7 @@ async def test_a_diamond_runs_from_its_top_to_its_bottom(lab: Lab):
     bottom = submission(after=(left.task_id, right.task_id))
     await lab.store.submit("red", 9, [top, left, right, bottom])
     order = []
-    while (reply := await lab.next(agent, slot)).word == "WORK":
+    while (reply := await lab.next(agent, slot)).word == "WORK" and len(order) < 9:
         order.append(reply.claims[0].task_id)
         await lab.next(agent, slot, 0, end(reply.claims[0]))
         await check_invariants(lab.store)
@@ -207,7 +207,7 @@ async def test_a_chain_of_2000_ends_in_bounded_calls(lab: Lab, after_failed: Aft
     assert counts["FAILED"] == TOLD_MAX, "one call told more than it may"
     assert told, "nobody goes on"
     calls = []
-    while (done := (await lab.store.due()))[0].told:
+    while (done := (await lab.store.due()))[0].told and len(calls) < 10:
         calls.append(done[0].told)
         assert (done[1] == 0) == (sum(calls) < 2000 - TOLD_MAX), "whether there is more was not told"
     assert calls == [500, 500, 500, 300]
@@ -250,7 +250,8 @@ async def test_an_array_comes_after_a_task_with_all_that_it_has_and_will_have(la
     assert (await lab.store.counts()) == {"QUEUED": 1, "BLOCKED": 500}
     await finish(lab, agent, slot, parent)
     assert await lab.store.expand() == 0
-    while (await lab.store.due())[1] == 0:
+    for _ in range(2):
+        await lab.store.due()
         await check_invariants(lab.store)
     assert await lab.store.counts() == {"QUEUED": 600, "BLOCKED": 0, "RUNNING": 0, "SUCCEEDED": 1}
     assert (await lab.store.array(array)).made == 600  # type: ignore[union-attr]

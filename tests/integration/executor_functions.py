@@ -318,3 +318,17 @@ class OutOfMemoryError(RuntimeError):
 
 def no_device_memory():
     raise OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+
+def fill_a_device():
+    import torch
+
+    held = []
+    while True:
+        held.append(torch.empty(2**30, dtype=torch.uint8, device="cuda"))
+
+
+def free_device_memory():
+    import torch
+
+    return torch.cuda.mem_get_info()

@@ -457,8 +457,13 @@ class TestReports:
         given = Call("t", 3, "executor_functions:reports", b"{}", 7, 10, "/shared/step-0", str(folder))
         (first,) = await node.run(executor, given)
         assert first.value == {
-            **{"task": "t", "attempt": 3, "index": 7, "environment": ["7", "10"]},
-            **{"last": "/shared/step-0", "folder": str(folder), "then": "/shared/step-1"},
+            "task": "t",
+            "attempt": 3,
+            "index": 7,
+            "environment": ["7", "10"],
+            "last": "/shared/step-0",
+            "folder": str(folder),
+            "then": "/shared/step-1",
         }
         assert folder.is_dir()
         assert node.notes == [Note("t", 3, 0.5, "half", None), Note("t", 3, None, None, "/shared/step-1")]

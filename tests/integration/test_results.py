@@ -170,6 +170,23 @@ def test_what_was_left_is_removed_soon_after_the_start(cluster: Cluster, store: 
     assert "results_removed" in log
 
 
+@pytest.mark.parametrize(("url", "words"), [("results", "is a relative path"), ("/proc/results", "cannot be written")])
+def test_a_cluster_does_not_start_with_a_place_that_cannot_work(tmp_path: Path, url: str, words: str):
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ROCYARD_")}
+    own = {"ROCYARD_DATA_DIR": str(tmp_path), "ROCYARD_API__PORT": "0", "ROCYARD_DASK__PORT": "0", "ROCYARD_RESULTS__URL": url}
+    done = subprocess.run(
+        [sys.executable, "-m", "manager.cli.main", "up"],
+        env=environ | own | {"ROCYARD_DASK__DASHBOARD_PORT": "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode in {1, 2}
+    assert words in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
 def test_a_full_disk_fails_the_task_and_nothing_else(cluster: Cluster, store: Store, large: Task):
     if not store.mounted:
         pytest.skip("needs root and the right to mount, for a small disk")

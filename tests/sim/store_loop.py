@@ -20,6 +20,8 @@ from unittest import mock
 from manager.core import ids
 
 EPOCH_MS = 1_700_000_000_000
+STEPS_MAX = 50_000
+"""So much happens at no single moment: something turns without ever waiting."""
 
 
 class Process:
@@ -80,6 +82,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.errors: list[BaseException] = []
         self.tasks: list[asyncio.Task[Any]] = []  # none may vanish with a process that was killed: it would clean up behind it
         self.steps = 0
+        self._steps_here = 0
         self._timers: list[tuple[float, int, SimHandle]] = []
         self._numbers = itertools.count()
 
@@ -170,6 +173,7 @@ class SimLoop(asyncio.AbstractEventLoop):
                 self.now_s = max(self.now_s, end_s)
                 return False
             self.now_s = max(self.now_s, self._timers[0][0])
+            self._steps_here = 0
             while self._timers and self._timers[0][0] <= self.now_s:
                 self.ready.append(heapq.heappop(self._timers)[2])
         handle = self.ready.popleft()
@@ -180,6 +184,9 @@ class SimLoop(asyncio.AbstractEventLoop):
             process.parked.append(handle)
             return True
         self.steps += 1
+        self._steps_here += 1
+        if self._steps_here > STEPS_MAX:
+            raise RuntimeError(f"time stands still: {handle}")
         handle._run()
         if self.errors:
             raise self.errors.pop()

@@ -27,7 +27,8 @@ from manager.client_address import find_cluster
 from manager.core.addresses import dialled, in_url, is_loopback, is_wildcard
 from manager.core.errors import BadRequest, RocyardError, SettingsError, StartError
 from manager.metrics import serve_metrics
-from manager.settings import Secret, Settings, TlsSettings
+from manager.results import with_default_folder
+from manager.settings import ResultSettings, Secret, Settings, TlsSettings
 from manager.store.server import EmbeddedStore
 from manager.tls import (
     Role,
@@ -379,6 +380,14 @@ class TestJoin:
     def test_a_named_address_stays(self, folder: Path):
         own = joined_settings(Settings(), join_view(self.cluster(folder, store="10.0.0.5", dask="10.0.0.6")), "gpu-head")
         assert (own.store.url.value, own.dask.host) == ("rediss://rocyard:p@10.0.0.5:7/0", "10.0.0.6")
+
+    def test_results_go_where_all_nodes_can_reach_them(self, folder: Path):
+        cluster = self.cluster(folder, store="10.0.0.5", dask="10.0.0.6")
+        own_machine = with_default_folder(cluster)
+        assert own_machine.results.url
+        assert joined_settings(Settings(), join_view(own_machine), "gpu-head").results.url == ""
+        shared = msgspec.structs.replace(cluster, results=ResultSettings(url="/srv/results", inline_bytes_max=7))
+        assert joined_settings(Settings(), join_view(shared), "gpu-head").results == shared.results
 
     @pytest.mark.parametrize(
         ("hosts", "named"),

@@ -150,6 +150,8 @@ def test_a_wait_that_is_over_has_an_exit_code_of_its_own(server):
         pytest.param(["submit", "--priority", "99", "echo"], "-10", id="priority out of range"),
         pytest.param(["tasks", "--status", "WAITING"], "QUEUED", id="no status"),
         pytest.param(["show", "../keys"], "no id", id="no id"),
+        pytest.param(["submit", "--index-as", "x", "echo"], "needs --count", id="index without count"),
+        pytest.param(["submit", "--deadline", "2027-01-31", "echo"], "2027-01-31T18:00Z", id="deadline without zone"),
         pytest.param(["sumbit"], "submit", id="a mistyped command"),
         pytest.param(["status", "--set", "api.port"], "SECTION.KEY=VALUE", id="half a setting"),
     ],
@@ -247,8 +249,118 @@ def test_logs_keep_the_two_streams_apart(server, capsys):
     assert cli.main(["logs", ID]) == Exit.OK
     printed = capsys.readouterr()
     assert printed.out == "out\n"
-    assert printed.err.startswith("err\n")
-    assert "7 bytes" in printed.err
+    assert printed.err.endswith("err\n")
+    assert "7 bytes before this" in printed.err
+
+
+def test_following_a_log_goes_on_to_the_tasks_end_and_marks_a_new_attempt(server, capsys, monkeypatch):
+    pieces = [
+        {"stdout": "a\n", "stderr": "", "attempt": 1, "cursor": "1.2.0"},
+        {"stdout": "b\n", "stderr": "", "attempt": 2, "cursor": "2.2.0", "ended": True},
+    ]
+    left = iter(pieces * 2)
+    monkeypatch.setattr(server, "handle", lambda _: httpx.Response(200, json={"task_id": ID} | next(left)))
+    assert cli.main(["logs", "-f", ID]) == Exit.OK
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("a\nb\n", "(attempt 2)\n")
+    assert cli.main(["logs", "-f", ID, "-o", "json"]) == Exit.OK
+    assert [json.loads(line)["stdout"] for line in capsys.readouterr().out.splitlines()] == ["a\n", "b\n"]
+
+
+ARRAY_ID = "01arz3ndektsv4rrffq69g0000"
+ARRAY = {
+    "array_id": ARRAY_ID,
+    "tenant": "t",
+    "function": "echo",
+    "name": "sweep",
+    "count": 4,
+    "made": 4,
+    "succeeded": 2,
+    "failed": 1,
+    "cancelled": 0,
+    "unfinished": 1,
+    "created_at": "2026-01-02T03:04:05Z",
+}
+
+
+def test_all_that_can_be_asked_of_a_task_reaches_the_api(server, capsys):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ARRAY_ID, "status": "BLOCKED", "count": 4})
+    server.answers["GET /v1/tasks"] = (200, {"tasks": [SUMMARY], "next_cursor": None})
+    options = [
+        *("--max-attempts", "3", "--retry-on", "OSError", "--retry-on", "GpuOutOfMemory", "--start-timeout", "5m"),
+        *("--total-timeout", "1h", "--deadline", "2027-01-31T18:00Z", "--name", "sweep", "--after", ID, "--after", "prepare"),
+        *("--after-failed", "run", "--count", "4", "--index-as", "x", "--idempotency-key", "mine"),
+    ]
+    assert cli.main(["submit", *options, "echo"]) == Exit.OK
+    assert capsys.readouterr().out == f"{ARRAY_ID}\n"
+    assert server.seen[0].url.params["name"] == "prepare"
+    assert server.seen[-1].headers["idempotency-key"] == "mine"
+    assert json.loads(server.seen[-1].content) == {
+        "function": "echo",
+        "args": {},
+        "resources": {},
+        "max_attempts": 3,
+        "retry_on": ["OSError", "GpuOutOfMemory"],
+        "start_timeout": "5m",
+        "total_timeout": "1h",
+        "deadline": "2027-01-31T18:00:00Z",
+        "name": "sweep",
+        "after": [ID, ID],
+        "after_failed": "run",
+        "count": 4,
+        "index_as": "x",
+    }
+
+
+def test_an_array_is_shown_cancelled_and_waited_for_like_a_task(server, capsys):
+    server.answers["POST /v1/tasks"] = (202, {"task_id": ARRAY_ID, "status": "QUEUED", "count": 4})
+    server.answers[f"GET /v1/arrays/{ARRAY_ID}"] = (200, ARRAY)
+    server.answers[f"POST /v1/arrays/{ARRAY_ID}/cancel"] = (200, {"array_id": ARRAY_ID, "cancelled": 1, "ending": 2})
+    server.answers["GET /v1/tasks"] = (200, {"tasks": [SUMMARY | {"array_id": ARRAY_ID, "index": 3}], "next_cursor": None})
+    for which in (ARRAY_ID, "sweep"):
+        assert cli.main(["show", which]) == Exit.OK
+        out = capsys.readouterr().out
+        assert "2 succeeded, 1 failed, 1 to go" in out
+        assert f"--status FAILED --array {ARRAY_ID}" in out
+    assert cli.main(["cancel", "sweep"]) == Exit.OK
+    assert capsys.readouterr().out == f"1 task of {ARRAY_ID} cancelled, and 2 running ones are being ended\n"
+    assert cli.main(["logs", ARRAY_ID]) == Exit.USAGE
+    assert f"rocyard tasks --array {ARRAY_ID}" in capsys.readouterr().err
+    server.answers[f"GET /v1/arrays/{ARRAY_ID}"] = (200, ARRAY | {"unfinished": 0, "succeeded": 3})
+    assert cli.main(["submit", "--count", "4", "--wait", "echo"]) == Exit.FAILED
+    assert "all have ended" in capsys.readouterr().out
+
+
+def test_a_name_that_nothing_has_is_not_found(server, capsys):
+    server.answers["GET /v1/tasks"] = (200, {"tasks": [], "next_cursor": None})
+    assert cli.main(["show", "no-such"]) == Exit.NOT_FOUND
+    assert "no-such" in capsys.readouterr().err
+
+
+def test_attempts_are_a_table_and_stand_below_a_task_that_had_several(server, capsys):
+    began = "2026-01-02T03:04:05Z"
+    tries = [
+        {
+            "number": 1,
+            "node": "n1",
+            "claimed_at": began,
+            "started_at": began,
+            "ended_at": began,
+            "why": "OSError",
+            "message": "x",
+        },
+        {"number": 2, "node": "n2", "claimed_at": began, "started_at": None, "ended_at": None, "why": ""},
+    ]
+    server.answers[f"GET /v1/tasks/{ID}/attempts"] = (200, {"task_id": ID, "attempts": tries})
+    server.answers[f"GET /v1/tasks/{ID}"] = (200, VIEW | {"attempt": 2, "status": "RUNNING", "progress": 0.4})
+    assert cli.main(["attempts", ID]) == Exit.OK
+    table = capsys.readouterr().out
+    assert "OSError: x" in table
+    assert "it goes on" in table
+    assert cli.main(["show", ID]) == Exit.OK
+    out = capsys.readouterr().out
+    assert out.endswith(table)
+    assert "40%" in out
 
 
 def test_cancelling_several_ends_the_others_though_one_is_unknown(server, capsys):

@@ -242,6 +242,19 @@ def test_a_folder_of_checkpoints_is_the_same_for_each_attempt(tmp_path: Path):
     assert folder.parent.is_dir()
 
 
+def test_a_place_that_is_away_is_an_error_of_the_system_whatever_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    results = ObjectResults(f"memory://{uuid.uuid4().hex}", tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no route to the bucket")  # as a client library of a cloud may
+
+    monkeypatch.setattr(results.system, "pipe_file", refuse)
+    with pytest.raises(OSError, match="no route to the bucket"):
+        scanned(results)
+    with pytest.raises(StartError, match="no route to the bucket"):
+        results.prepare()
+
+
 @pytest.mark.parametrize(
     ("info", "seconds"),
     [

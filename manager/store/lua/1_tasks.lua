@@ -188,6 +188,17 @@ local function expand_array(p, array, most, now)
   return last - made
 end
 
+-- The same of whichever arrays have tasks to come.
+local function expand_some(p, most, now)
+  local made = 0
+  while made < most do
+    local array = redis.call('SRANDMEMBER', p .. 'ao')
+    if not array then break end
+    made = made + expand_array(p, array, most - made, now)
+  end
+  return made
+end
+
 -- Writes an array, of which the tasks are made by who expands it.
 local function create_array(p, tenant, task, sequence, now)
   local more = task.more
@@ -744,8 +755,7 @@ local function due(keys, args)
   local p, now, most = keys[1], now_ms(), tonumber(args[1])
   local retried, expired = retry(p, most, now), expire(p, most, now)
   local told = release(p, most, now)
-  local array, made = redis.call('SRANDMEMBER', p .. 'ao'), 0
-  if array then made = expand_array(p, array, most, now) end
+  local made = expand_some(p, most, now)
   if redis.call('SCARD', p .. 'ao') + redis.call('SCARD', p .. 'rel') > 0 then return { retried, expired, told, made, 0 } end
   local following = math.huge
   for _, name in ipairs({ 'due', 'exp' }) do
@@ -757,9 +767,8 @@ end
 
 -- limit: the rest of arrays, at most so many tasks; returns how many arrays have more to come.
 local function expand(keys, args)
-  local p, array = keys[1], redis.call('SRANDMEMBER', keys[1] .. 'ao')
-  if array then expand_array(p, array, tonumber(args[1]), now_ms()) end
-  return redis.call('SCARD', p .. 'ao')
+  expand_some(keys[1], tonumber(args[1]), now_ms())
+  return redis.call('SCARD', keys[1] .. 'ao')
 end
 
 local REFUSE_SCAN_MAX = 5000 -- tasks of a queue that are looked at in one call; those that asked for so much themselves stay
