@@ -234,6 +234,7 @@ def _slot(row: list[Any]) -> SlotRow:
 
 
 def _queue(row: list[Any]) -> QueueRow:
+    row = row[:12]  # later functions may say more
     shape_id, shape, depth, head, queued, run_ms, warm, unload, learned, peak, vtime, oom = row
     return QueueRow(
         shape_id=shape_id.decode(),

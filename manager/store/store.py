@@ -631,11 +631,11 @@ class Store:
         args: list[Any] = [ended_before_ms, kept]
         for tenant, own in (tenants or {}).items():
             args += (tenant, own.ended_before_ms, own.kept)
-        tasks, slots, files = await self._run("ry_sweep", token, closed_before_ms, IDS_MAX, *args)
+        tasks, slots, files, *_ = await self._run("ry_sweep", token, closed_before_ms, IDS_MAX, *args)
         return Swept(tasks, slots, tuple(name.decode() for name in files))
 
     async def kept(self, token: int, task_ids: Sequence[str]) -> list[Kept] | None:
-        """What the records say of files of these tasks, in their order; None: the token is stale, and nothing may be removed."""
+        """What the records say of files of these tasks, in their order; None: the token is stale, so nothing may be removed."""
         assert len(task_ids) <= IDS_MAX
         word, *said = await self._run("ry_kept", token, *task_ids)
         if word != b"OK":

@@ -4,12 +4,14 @@
 """
 
 import asyncio
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from manager.core.errors import StoreReplaced, StoreTooNew, StoreUnavailable
@@ -17,6 +19,7 @@ from manager.core.keys import SCHEMA_VERSION, Keys
 from manager.store import Store, StoreConnection, schema
 from manager.store.connection import Ask, StoreReplyError
 from manager.store.schema import Library, Membership, deploy, library_source, own_library
+from tests.contract.golden_calls import FILE, GoldenCall, argument, shape_of_answer
 from tests.contract.store_harness import Lab, StoreServer, check_invariants, connected, end
 
 META = Keys().meta
@@ -287,6 +290,80 @@ async def test_a_library_that_cannot_be_loaded_is_told(empty: Lab):
     with pytest.raises(StoreReplyError, match="compiling"):
         async with process(empty.url, founder=True, library=Library(99, "#!lua name=rocyard\nthis is no lua")) as (store, _):
             await store.counts()
+
+
+# --- golden calls -------------------------------------------------------------------------------------------------
+
+
+def test_the_golden_calls_use_every_function():
+    """A function that is new needs new calls: see golden_calls.py. What upkeep calls is of one version by itself."""
+    registered = set(re.findall(r"'(ry_\w+)'", library_source())) - {"ry_upgrade_ends", "ry_upgraded", "ry_restored"}
+    assert {call.function for call in golden()} == registered
+
+
+def golden() -> list[GoldenCall]:
+    return msgspec.json.decode(FILE.read_bytes(), type=list[GoldenCall])
+
+
+async def test_the_library_answers_the_calls_of_older_processes(lab: Lab):
+    """Byte for byte what they send; answers of the shape that they read."""
+    for number, call in enumerate(golden()):
+        reply = await lab.raw("FCALL", call.function, 1, "{ry}:", *map(argument, call.args))
+        assert shape_of_answer(reply) == call.answer, f"call {number}: {call.function} {call.args}"
+
+
+# --- migration ----------------------------------------------------------------------------------------------------
+
+
+async def of_schema_1(lab: Lab, count: int) -> dict[str, float]:
+    """Finish tasks, and put them where schema 1 had them."""
+    agent = await lab.agent()
+    slot = await lab.open(agent)
+    left = count
+    while left:
+        await lab.submit(min(left, 500))
+        claims = (await lab.next(agent, slot, 500)).claims
+        await lab.next(agent, slot, 0, *(end(claim) for claim in claims))
+        left -= len(claims)
+    (_, ended) = await lab.raw("ZSCAN", "{ry}:dn:red", 0, "COUNT", 100_000)
+    before = {task.decode(): float(at) for task, at in zip(ended[::2], ended[1::2], strict=True)}
+    await lab.raw("RENAME", "{ry}:dn:red", "{ry}:done")
+    await lab.raw("DEL", "{ry}:dt")
+    await lab.raw("HSET", META, "schema", 1, "cluster", "ours")
+    return before
+
+
+async def indexed(lab: Lab) -> dict[str, float]:
+    _, ended = await lab.raw("ZSCAN", "{ry}:dn:red", 0, "COUNT", 100_000)
+    return {task.decode(): float(at) for task, at in zip(ended[::2], ended[1::2], strict=True)}
+
+
+async def test_data_of_schema_1_are_brought_to_schema_2(lab: Lab):
+    before = await of_schema_1(lab, 1100)
+    assert await lab.store.migrate() == 3
+    facts = await schema.read_facts(lab.raw, Keys())
+    assert (facts.schema, facts.schema_min) == (2, 2)
+    assert await indexed(lab) == before
+    assert await lab.raw("SMEMBERS", "{ry}:dt") == [b"red"]
+    assert await lab.raw("EXISTS", "{ry}:done") == 0
+    assert await lab.store.migrate() == 0
+
+
+async def test_an_upgrade_that_is_killed_or_made_twice_at_once_comes_to_the_same(lab: Lab):
+    before = await of_schema_1(lab, 1100)
+    assert await lab.raw("FCALL", "ry_upgrade_ends", 1, "{ry}:", 500) == 600  # and then it was killed
+    await asyncio.gather(lab.store.migrate(), lab.store.migrate())
+    assert await indexed(lab) == before
+    assert (await schema.read_facts(lab.raw, Keys())).schema == 2
+
+
+async def test_data_that_nobody_has_named_are_of_schema_1(lab: Lab):
+    await lab.submit()
+    async with process(lab.url, founder=True) as (store, _):
+        await store.counts()
+        assert (await schema.read_facts(lab.raw, Keys())).schema == 1
+        await store.migrate()
+    assert (await schema.read_facts(lab.raw, Keys())).schema == 2
 
 
 def test_a_library_that_changes_gets_a_version():

@@ -131,7 +131,7 @@ def test_the_demo_does_its_main_job(cluster):
 
 @pytest.fixture
 def own(tmp_path):
-    cluster = Cluster(tmp_path)
+    cluster = Cluster(tmp_path, simulate="1x1:mi300x")
     try:
         cluster.start()
         yield cluster

@@ -99,10 +99,10 @@ def test_a_slot_of_an_older_agent_has_what_its_shape_asks_for():
 
 @pytest.mark.parametrize(("text", "head"), [(b"", None), (b"100000000", 10**8), (b"1e+8", 10**8)])
 def test_the_head_of_a_queue_as_either_server_writes_it(text: bytes, head: int | None):
-    row = [b"sh", encode_shape(SHAPE), 4, text, b"", b"12.500", 0, b"", 2 * GIB, b"123", b""]
+    row = [b"sh", encode_shape(SHAPE), 4, text, b"", b"12.500", 0, b"", 2 * GIB, b"123", b"", b"1", b"of a later version"]
     (queue,) = look(queues=[row]).queues
     assert (queue.head, queue.depth, queue.run_s, queue.shape) == (head, 4, 0.0125, SHAPE)
-    assert (queue.learned_bytes, queue.peak_bytes) == (2 * GIB, 123)
+    assert (queue.learned_bytes, queue.peak_bytes, queue.out_of_memory) == (2 * GIB, 123, True)
 
 
 def node_row(uses: bytes = b"", seen: bytes = b"", address: bytes = b"", fenced: bytes = b"") -> list[bytes]:

@@ -53,6 +53,10 @@ local function count_move(p, from, to)
   if to then redis.call('HINCRBY', p .. 'counts', to, 1) end
 end
 
+-- Whether an end in this process's time may have others to be told of: it spares most calls a question. Who does not know
+-- tells them a round of the controller later.
+local told_to_come = false
+
 local ENDED_AS = { SUCCEEDED = 'succeeded', FAILED = 'failed', CANCELLED = 'cancelled' }
 
 -- One task of an array has ended. The last one is the array's own end.
@@ -61,13 +65,14 @@ local function end_in_array(p, array, state)
   redis.call('HINCRBY', key, ENDED_AS[state], 1)
   if redis.call('HINCRBY', key, 'left', -1) == 0 and redis.call('EXISTS', p .. 'ch:' .. array) == 1 then
     redis.call('SADD', p .. 'rel', array)
+    told_to_come = true
   end
 end
 
 -- The one way into a final state: record, indexes, counters and event together. `file`: where a large result lies.
 local function finalise(p, id, task, state, result, err, now, file)
   -- The error of an earlier attempt goes: record and event must tell the same.
-  local values = { 'state', state, 'finished', now, 'slot', '', 'cancel', '', 'error', err }
+  local values = { 'state', state, 'finished', now, 'slot', '', 'cancel', '', 'started', task.started, 'error', err }
   if result ~= '' then values[#values + 1] = 'result'; values[#values + 1] = result end
   if file and file ~= '' then values[#values + 1] = 'file'; values[#values + 1] = file end
   redis.call('HSET', p .. 't:' .. id, unpack(values))
@@ -78,8 +83,11 @@ local function finalise(p, id, task, state, result, err, now, file)
   count_move(p, task.state, state)
   if task.start_by ~= '' or task.end_by ~= '' then redis.call('ZREM', p .. 'exp', id) end
   if task.array ~= '' then end_in_array(p, task.array, state) end
-  if redis.call('EXISTS', p .. 'ch:' .. id) == 1 then redis.call('SADD', p .. 'rel', id) end
-  local event = { 'i', id, 's', state, 'a', task.attempt, 'f', now, 'b', task.started or '', 'n', task.node or '' }
+  if redis.call('EXISTS', p .. 'ch:' .. id) == 1 then
+    redis.call('SADD', p .. 'rel', id)
+    told_to_come = true
+  end
+  local event = { 'i', id, 's', state, 'a', task.attempt, 'f', now, 'b', task.started, 'n', task.node }
   if #result + #err <= INLINE_EVENT_BYTES and (not file or file == '') then
     event[#event + 1] = 'r'; event[#event + 1] = result
     event[#event + 1] = 'e'; event[#event + 1] = err
@@ -99,8 +107,8 @@ local function enqueue(p, id, task, now)
   return 'QUEUED'
 end
 
-local TASK_FIELDS = { 'state', 'attempt', 'slot', 'tenant', 'shape', 'score', 'failures', 'crashes', 'losses',
-  'max_attempts', 'cancel', 'started', 'node', 'alone', 'claimed', 'start_by', 'end_by', 'array', 'waits', 'run', 'oom' }
+local TASK_FIELDS = { 'state', 'attempt', 'slot', 'tenant', 'shape', 'score', 'max_attempts', 'cancel', 'started', 'node',
+  'claimed', 'start_by', 'end_by', 'array', 'run', 'oom' }
 
 local function load_task(p, id)
   local values = redis.call('HMGET', p .. 't:' .. id, unpack(TASK_FIELDS))
@@ -284,6 +292,7 @@ end
 -- What fails by that ends others in turn: they stand in the same list, so that a long chain takes many short steps.
 local function release(p, most, now)
   local told = 0
+  told_to_come = false
   while told < most do
     local parent = redis.call('SRANDMEMBER', p .. 'rel')
     if not parent then break end

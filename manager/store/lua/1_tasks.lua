@@ -105,20 +105,39 @@ local function wait_for(p, id, more)
   return 'BLOCKED'
 end
 
+-- Writes the record of one task, and its place among those of its tenant.
+local function write_task(p, tenant, id, shape, score, sequence, max_attempts, name, created, now, source, said)
+  redis.call('HSET', p .. 't:' .. id, 'state', 'QUEUED', 'tenant', tenant, 'shape', shape, 'score', score,
+    'sequence', sequence, 'max_attempts', max_attempts, 'function', name, source, said,
+    'attempt', 0, 'created', created, 'queued', now)
+  redis.call('ZADD', p .. 'tt:' .. tenant, sequence, id)
+  redis.call('ZADD', p .. 'ta:' .. tenant, sequence, id)
+end
+
+-- Writes tasks that ask for nothing else, (id, shape, offset, max_attempts, function, spec, "") … from args[first] on: by far
+-- the most, and so in few steps. Returns ids, states, and how many there are of each shape.
+local function create_plain(p, tenant, args, first, sequence, now)
+  local ids, states, arrived = {}, {}, {}
+  for i = first, #args, 7 do
+    local id, shape = args[i], args[i + 1]
+    sequence = sequence + 1
+    local score = string.format('%.0f', tonumber(args[i + 2]) + sequence)
+    write_task(p, tenant, id, shape, score, sequence, args[i + 3], args[i + 4], now, now, 'spec', args[i + 5])
+    redis.call('ZADD', p .. 'q:' .. shape, score, id)
+    arrived[shape] = (arrived[shape] or 0) + 1
+    ids[#ids + 1] = id
+    states[#states + 1] = 'QUEUED'
+  end
+  redis.call('HINCRBY', p .. 'counts', 'QUEUED', #ids)
+  return ids, states, arrived
+end
+
 -- Writes one task: its record, its place in the queue or behind others, and when its time is up.
 local function create(p, tenant, task, sequence, now)
   local key, more = p .. 't:' .. task.id, task.more
   local score = string.format('%.0f', task.offset + sequence)
-  redis.call('HSET', key, 'state', 'QUEUED', 'tenant', tenant, 'shape', task.shape, 'score', score, 'sequence', sequence,
-    'max_attempts', task.max_attempts, 'function', task.name, 'attempt', 0, 'created', task.created or now, 'queued', now,
+  write_task(p, tenant, task.id, task.shape, score, sequence, task.max_attempts, task.name, task.created or now, now,
     task.array and 'array' or 'spec', task.array or task.spec)
-  redis.call('ZADD', p .. 'tt:' .. tenant, sequence, task.id)
-  redis.call('ZADD', p .. 'ta:' .. tenant, sequence, task.id)
-  if task.plain then
-    redis.call('ZADD', p .. 'q:' .. task.shape, score, task.id)
-    count_move(p, nil, 'QUEUED')
-    return 'QUEUED'
-  end
   if task.array then -- which has the spec of all its tasks, and the name
     redis.call('HSET', key, 'index', task.index)
   elseif more.name then
@@ -210,6 +229,42 @@ local function create_array(p, tenant, task, sequence, now)
   redis.call('SADD', p .. 'ao', task.id)
 end
 
+-- What tasks ask for, of which one at least is not plain; and how many they will be.
+local function tasks_of(args, first, now)
+  local tasks, count = {}, 0
+  for i = first, #args, 7 do
+    local more = args[i + 6] == '' and {} or cjson.decode(args[i + 6])
+    if more.start_ms then more.start_by = now + more.start_ms end
+    if more.total_ms then more.end_by = now + more.total_ms end
+    if more.deadline_ms then more.end_by = math.min(more.end_by or more.deadline_ms, more.deadline_ms) end
+    tasks[#tasks + 1] = { id = args[i], shape = args[i + 1], offset = tonumber(args[i + 2]), max_attempts = args[i + 3],
+      name = args[i + 4], spec = args[i + 5], more = more }
+    count = count + (more.count or 1)
+  end
+  return tasks, count
+end
+
+-- Writes tasks and arrays. Returns ids, states, and how many of each shape may run.
+local function create_all(p, tenant, tasks, sequence, now)
+  local ids, states, arrived, room = {}, {}, {}, EXPANDED_MAX
+  for i, task in ipairs(tasks) do
+    local more = task.more
+    sequence = sequence + 1
+    ids[i] = task.id
+    if more.name then redis.call('HSET', p .. 'nm:' .. tenant, more.name, task.id .. ' ' .. more.digest) end
+    if more.count then
+      create_array(p, tenant, task, sequence, now)
+      sequence = sequence + more.count - 1
+      if room > 0 then room = room - expand_array(p, task.id, room, now) end
+      states[i] = status_of(p, task.id)
+    else
+      states[i] = create(p, tenant, task, sequence, now)
+      if states[i] == 'QUEUED' then arrived[task.shape] = (arrived[task.shape] or 0) + 1 end
+    end
+  end
+  return ids, states, arrived
+end
+
 -- tenant, active_max, idempotency key or "", digest of the body or "", shapes m, m × (shape, json), then tasks:
 -- (id, shape, score offset, max_attempts, function, spec, more) … `more` is "" or JSON: name and digest of what it asks
 -- for; start_ms, total_ms (from now) and deadline_ms; after (ids), run (whether it does though one of those failed); count
@@ -232,19 +287,14 @@ local function submit(keys, args)
   end
   local known = known_by_key(p, tenant, key, digest, now)
   if known then return known end
-  local tasks, count, plain = {}, 0, true
-  for i = first, #args, 7 do
-    local task = { id = args[i], shape = args[i + 1], offset = tonumber(args[i + 2]), max_attempts = args[i + 3],
-      name = args[i + 4], spec = args[i + 5], plain = args[i + 6] == '' }
-    task.more = task.plain and {} or cjson.decode(args[i + 6])
-    plain = plain and task.plain
-    if task.more.start_ms then task.more.start_by = now + task.more.start_ms end
-    if task.more.total_ms then task.more.end_by = now + task.more.total_ms end
-    if task.more.deadline_ms then task.more.end_by = math.min(task.more.end_by or task.more.deadline_ms, task.more.deadline_ms) end
-    tasks[#tasks + 1] = task
-    count = count + (task.more.count or 1)
+  local tasks, count = nil, (#args - first + 1) / 7
+  for i = first + 6, #args, 7 do
+    if args[i] ~= '' then
+      tasks, count = tasks_of(args, first, now)
+      break
+    end
   end
-  if not plain then
+  if tasks then
     known = known_by_names(p, tenant, tasks)
     if known then return known end
     local parent = unknown_parent(p, tenant, tasks)
@@ -257,31 +307,22 @@ local function submit(keys, args)
     redis.call('SADD', p .. 'active', args[i])
   end
   redis.call('HINCRBY', p .. 'tn:' .. tenant, 'active', count) -- before an end can take one away
-  redis.call('SADD', p .. 'tenants', tenant)
+  if active == 0 then redis.call('SADD', p .. 'tenants', tenant) end -- else it is there, and stays
   local sequence = redis.call('HINCRBY', p .. 'meta', 'sequence', count) - count
-  local arrived, reply, ids, room = {}, { 'OK' }, {}, EXPANDED_MAX
-  for i, task in ipairs(tasks) do
-    sequence = sequence + 1
-    ids[i] = task.id
-    if task.more.name then redis.call('HSET', p .. 'nm:' .. tenant, task.more.name, task.id .. ' ' .. task.more.digest) end
-    if task.more.count then
-      create_array(p, tenant, task, sequence, now)
-      sequence = sequence + task.more.count - 1
-      if room > 0 then room = room - expand_array(p, task.id, room, now) end
-      reply[i + 1] = status_of(p, task.id)
-    else
-      local state = create(p, tenant, task, sequence, now)
-      if state == 'QUEUED' then arrived[task.shape] = (arrived[task.shape] or 0) + 1 end
-      reply[i + 1] = state
-    end
+  local ids, reply, arrived
+  if tasks then
+    ids, reply, arrived = create_all(p, tenant, tasks, sequence, now)
+  else
+    ids, reply, arrived = create_plain(p, tenant, args, first, sequence, now)
   end
+  table.insert(reply, 1, 'OK')
   if key ~= '' then
     redis.call('HSET', p .. 'ik:' .. tenant, key, now .. ' ' .. digest .. ' ' .. table.concat(ids, ','))
     redis.call('ZADD', p .. 'iks', now, tenant .. ' ' .. key)
     forget_keys(p, now - KEPT_MS, 2) -- two go for each that comes: they never become more, whatever the pace
   end
   for i = at, first - 1, 2 do work_arrived(p, args[i], arrived[args[i]] or 0) end
-  if not plain then release(p, TOLD_MAX, now) end
+  if tasks then release(p, TOLD_MAX, now) end
   return reply
 end
 
@@ -358,8 +399,7 @@ local function finish(p, slot, node, flag, id, attempt, outcome, payload, age_ms
   if task.cancel ~= '' then redis.call('SREM', p .. 'x:' .. slot, id) end
   local key = p .. 't:' .. id
   if age_ms ~= '' then
-    task.started = string.format('%.0f', now - tonumber(age_ms))
-    redis.call('HSET', key, 'started', task.started)
+    task.started = string.format('%.0f', now - tonumber(age_ms)) -- in the record with its state
     if task.start_by ~= '' then in_time(p, id, task.end_by ~= '') end
   end
   if outcome == 'S' then return finalise(p, id, task, 'SUCCEEDED', payload, '', now, extra) end
@@ -374,7 +414,7 @@ local function finish(p, slot, node, flag, id, attempt, outcome, payload, age_ms
       return finalise(p, id, task, 'FAILED', '', payload, now)
     end
     note_failure(p, id, task, payload, now)
-    redis.call('HSET', key, 'state', 'RETRY_WAIT', 'slot', '', 'error', payload)
+    redis.call('HSET', key, 'state', 'RETRY_WAIT', 'slot', '', 'started', task.started, 'error', payload)
     redis.call('HDEL', key, 'progress', 'message')
     redis.call('ZADD', p .. 'due', now + retry_pause_ms(p, task.tenant, failures, tonumber(chance), now), id)
     count_move(p, 'RUNNING', 'RETRY_WAIT')
@@ -549,7 +589,7 @@ local function next_(keys, args)
     -- A repeat is neither served nor learned from again.
     if status ~= '' and args[i + 5] ~= '' then ran = ran + 1; ran_ms = ran_ms + tonumber(args[i + 5]) end
   end
-  if ended > 0 then release(p, TOLD_MAX, now) end
+  if told_to_come then release(p, TOLD_MAX, now) end
   learn(p, shape, ran, ran_ms)
   local served = tonumber(record[6] or '0')
   if ran > 0 then served = redis.call('HINCRBY', key, 'served', ran) end
