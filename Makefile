@@ -2,7 +2,7 @@
 #
 #   PYTHON  the Python that makes the virtual environment
 #   VENV    the virtual environment; one of yours is used as it is, and a torch in it is left alone
-#   SEEDS   seeds of `make soak`
+#   SEEDS   seeds of `make soak`; how many of `make sim`
 #   SEED    of `make chaos`, which also takes SECONDS of load and OUT, a folder for its report
 #   ARGS    arguments for what is run, such as ARGS='--simulate 4x8:mi300x'
 PYTHON ?= python3
@@ -24,7 +24,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: run demo test lint soak chaos load coverage bench clean help
+.PHONY: run demo test lint sim soak chaos load coverage bench clean help
 .SILENT:
 .SUFFIXES:
 
@@ -42,6 +42,9 @@ lint: $(STAMPS)/test  ## ruff and mypy
 	$(BIN)/python -m ruff check --quiet $(LINTED)
 	$(BIN)/python -m ruff format --quiet --check $(LINTED) || { echo "run: $(BIN)/python -m ruff format $(LINTED)"; exit 1; }
 	$(BIN)/python -m mypy --strict --no-error-summary $(CODE)
+
+sim: $(STAMPS)/test  ## histories of bad luck on a virtual clock, each with its seed (SEEDS=2000; SEED=17 replays one)
+	SEED=$(SEED) SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -s tests/sim/test_store_sim.py -k every_history $(ARGS)
 
 soak: $(STAMPS)/test  ## random deaths of schedulers and Dask workers, with other seeds (SEEDS="2 3 4")
 	for seed in $(or $(SEEDS),2 3 4 5 6); do \

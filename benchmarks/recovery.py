@@ -420,6 +420,7 @@ def main() -> int:
     if unknown := sorted(set(faults) - HITS.keys()):
         parser.error(f"there is no fault {unknown[0]!r}: choose from {', '.join(HITS)}")
     found: list[Recovery] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever is stopped must be let go again
     variables = {"ROCYARD_AUTOSCALER__MODE": "off"}
     with own_cluster(os.environ, simulate=FLEET, variables=variables) as cluster, Client(cluster.address) as client:
         lab = Lab(cluster, client)

@@ -193,9 +193,7 @@ async def inspected(path: Path) -> dict[str, int]:
         async with restoring.loaded(Path(folder), head.server, head.database) as store:
             found = await store.identity()
             if found != head.cluster:
-                raise restoring.NotRestored(
-                    f"{path} says that it is of cluster {head.cluster}, and is of {found or 'none'}"
-                )
+                raise restoring.NotRestored(f"{path} says that it is of cluster {head.cluster}, and is of {found or 'none'}")
             return await store.counts()
 
 

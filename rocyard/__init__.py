@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from manager.client import Array, Task, task_request
     from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, UnexpectedAnswer, WaitTimeout
+    from manager.client_tasks import Array, Task, task_request
     from manager.core.errors import (
         BadRequest,
         DeadlinePassed,
@@ -96,9 +96,9 @@ __all__ = [
 
 _ELSEWHERE: Final = {
     "Client": "rocyard.client",
-    "Array": "manager.client",
-    "Task": "manager.client",
-    "task_request": "manager.client",
+    "Array": "manager.client_tasks",
+    "Task": "manager.client_tasks",
+    "task_request": "manager.client_tasks",
     "ClusterUnreachable": "manager.client_errors",
     "TaskCancelled": "manager.client_errors",
     "TaskFailed": "manager.client_errors",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-INTEGRATION = Path(__file__).parent / "integration"
+REAL_PROCESSES = ("integration", "chaos")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,4 +18,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marker = item.get_closest_marker("timeout")
         seconds = marker.args[0] if marker is not None and marker.args else 0.0
         longest[item.path] = max(longest.get(item.path, 0.0), seconds)
-    items.sort(key=lambda item: (-longest[item.path], INTEGRATION not in item.path.parents))
+    items.sort(key=lambda item: (-longest[item.path], item.path.parent.name not in REAL_PROCESSES))

@@ -28,7 +28,7 @@ SHELL = (
     "manager.lifeline",  # a process ends with its parent: one rule for all that start processes
     "manager.tls",  # which files a role uses, and what is made of them
 )
-CLIENT = ("manager.client", "manager.client_address", "manager.client_errors", "manager.client_wire")
+CLIENT = ("manager.client", "manager.client_address", "manager.client_errors", "manager.client_tasks", "manager.client_wire")
 # Module prefix → what of ours it may import, as module prefixes. The longest prefix that fits a module decides.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "manager": ("manager",),

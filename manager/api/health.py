@@ -11,7 +11,7 @@ from manager.api.exchange import Call, Reply
 from manager.api.operations import PUBLIC, Operation
 from manager.api.watch import ClusterWatch
 from manager.core.answers import Live, Readiness, StoreView
-from manager.core.errors import StoreReplaced, StoreTooNew, StoreUnavailable
+from manager.core.errors import StoreNew, StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.store import Store
 
 CHECK_S: Final = 1.0
@@ -55,7 +55,7 @@ class HealthRoutes:
             async with asyncio.timeout(PROBE_S):
                 found = await self._store.durability()
         except (StoreUnavailable, TimeoutError) as error:
-            refused = isinstance(error, StoreReplaced | StoreTooNew)
+            refused = isinstance(error, StoreNew | StoreReplaced | StoreTooNew)
             detail = str(error) if refused else "The store does not answer; nothing can be accepted."
             store = StoreView(refused, "unknown")
             return Readiness(ready=False, store=store, leader_beating=None, nodes_live=0, detail=detail)

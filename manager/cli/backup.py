@@ -60,6 +60,7 @@ def backup(session: Session, *, file: Path, check: bool) -> int:
     The store is the one that `rocyard up` runs on data_dir, or that store.url names. Files of large results are not in it:
     copy their folder as well, afterwards (docs/operations.md).
     """
+    _be_quiet("backup")
     view = asyncio.run(_checked(session, file)) if check else _made(session, file)
     session.emit(view, _backup_screen)
     return Exit.OK
@@ -94,6 +95,7 @@ def restore(session: Session, *, file: Path) -> int:
     """
     from manager.backup import checked_head, restore_embedded, restore_into
 
+    _be_quiet("restore")
     settings = session.settings()
     head = checked_head(file, _progress(session, "checked"))
     if settings.store.url.value:
@@ -108,6 +110,14 @@ def restore(session: Session, *, file: Path) -> int:
     session.emit(view, _restored_screen)
     session.note("Now start the cluster; processes that waited for these data go on by themselves.")
     return Exit.OK
+
+
+def _be_quiet(name: str) -> None:
+    """What the store's parts log is no part of the answer."""
+    from manager.log import configure_logging
+    from manager.settings import LogSettings
+
+    configure_logging(name, LogSettings(level="error"))
 
 
 def _store_url(session: Session) -> str:

@@ -18,6 +18,7 @@
     │   └── DeadlinePassed     422   the time by which it must have ended is over
     ├── QuotaExceeded          429   retry helps
     ├── StoreUnavailable       503   retry helps
+    │   ├── StoreNew           503   retry helps once a controller has started
     │   ├── StoreReplaced      503   retry helps once the right data are back
     │   └── StoreTooNew        503   this process must be replaced by a newer one: exit 2
     ├── StoreFull              503   retry helps once there is room
@@ -149,6 +150,10 @@ class StoreUnavailable(RocyardError):
 
     status = 503
     retryable = True
+
+
+class StoreNew(StoreUnavailable):
+    """The store is new and has no identity yet: it gets one when a controller starts, or 'rocyard up'."""
 
 
 class StoreReplaced(StoreUnavailable):

@@ -108,14 +108,17 @@ async def _until_loaded(connection: StoreConnection, process: "subprocess.Popen[
     deadline_s = time.monotonic() + LOAD_S
     while True:
         if process.poll() is not None:
-            words = said.read_text(errors="replace").strip().splitlines()[-3:]
-            raise NotRestored(f"{program} says: {' / '.join(words)}")
+            raise NotRestored(f"{program} says: {_end_of(said)}")
         with contextlib.suppress(StoreUnavailable):
             await connection.call("PING")
             return
         if time.monotonic() > deadline_s:
             raise NotRestored(f"{program} did not read the copy in an hour")
         await asyncio.sleep(POLL_S)
+
+
+def _end_of(said: Path) -> str:
+    return " / ".join(said.read_text(errors="replace").strip().splitlines()[-3:])
 
 
 async def _keep_only_ours(connection: StoreConnection, database: int) -> None:

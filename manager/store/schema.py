@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from manager.core.errors import StoreReplaced, StoreTooNew, StoreUnavailable
+from manager.core.errors import StoreNew, StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.core.ids import new_id
 from manager.core.keys import SCHEMA_VERSION, Keys
 from manager.log import get_logger
@@ -198,15 +198,12 @@ class Membership:
         """Look at the store over a new connection, before anybody uses it.
 
         Raises:
-            StoreReplaced, StoreTooNew: nothing may be sent over it.
-            StoreUnavailable: the store has no identity yet.
+            StoreReplaced, StoreTooNew, StoreNew: nothing may be sent over it.
         """
         facts = await self._judged(ask)
         if not facts.cluster:
             if not self._founder:
-                raise StoreUnavailable(
-                    "the store is new and has no identity yet: it gets one when a controller starts, or 'rocyard up'"
-                )
+                raise StoreNew
             self.cluster = await identify(ask, self.keys, new_id())
             log.warning("store_founded", cluster=self.cluster)
         elif not self.cluster:

@@ -194,7 +194,8 @@ def programs_like(server: str) -> list[str]:
     found = list(dict.fromkeys(_candidates()))
     if not found:
         return [find_program().path]  # which says what to install
-    return sorted(found, key=lambda path: not Path(path).name.startswith(server.split(" ")[0]))
+    name = server.partition(" ")[0]
+    return sorted(found, key=lambda path: not Path(path).name.startswith(name))
 
 
 def is_ready(url: str) -> bool:

@@ -19,6 +19,7 @@ from manager.core.errors import (
     QuotaExceeded,
     RegistrationRefused,
     StoreFull,
+    StoreNew,
     StoreReplaced,
     StoreTooNew,
     StoreUnavailable,
@@ -206,7 +207,7 @@ class Store:
         try:
             try:
                 return await self.connection.call(*args)
-            except (StoreReplaced, StoreTooNew):
+            except (StoreNew, StoreReplaced, StoreTooNew):
                 raise  # the same store would say the same
             except StoreUnavailable:
                 left_s = self.connection.deadline_s - (loop.time() - began_s)

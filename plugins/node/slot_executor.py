@@ -146,8 +146,8 @@ class SlotExecutor:
             context = self.context
             python, path = context.interpreter(shape.environment)
             home = context.scratch / self.slot_id
-            home.mkdir(parents=True, exist_ok=True)
             try:
+                home.mkdir(parents=True, exist_ok=True)
                 self._executor = await Executor.start(
                     python=python,
                     env=context.environment(self.grant.devices, home),
@@ -161,7 +161,7 @@ class SlotExecutor:
                     on_exit=self._on_exit,
                     on_note=self._on_note,
                 )
-            except ExecutorStartError as error:
+            except (ExecutorStartError, OSError) as error:  # a full disk is no reason to lose the slot's claims
                 self.crashes += 1
                 log.error("executor_not_started", slot=self.slot_id, error=str(error))
                 return False

@@ -208,7 +208,7 @@ def _wrong(said: _Submissions, rows: dict[str, Row], notes: dict[str, list[Note]
         if row.damage:
             yield f"{row.task} succeeded, and its result is damaged: {row.damage}"
             continue
-        if early := _too_early(row, notes):
+        if early := _too_early(row, rows, notes):
             yield early
         if others := said.told[row.task] - {row.state}:
             yield f"{row.task} is {row.state}, and a client was told {', '.join(sorted(others))}"
@@ -234,11 +234,12 @@ def _had_no_disk(row: Row, notes: dict[str, list[Note]], faults: Sequence[Fault]
     return row.error == "ResultNotStored" and any(f.at <= at + WRITING_S and at <= f.until for f in full for at in ends)
 
 
-def _too_early(row: Row, notes: dict[str, list[Note]]) -> str:
-    """Whether it began before one that it waited for had come to its end."""
+def _too_early(row: Row, rows: dict[str, Row], notes: dict[str, list[Note]]) -> str:
+    """Whether it began before one that it waited for had come to its end, in the attempt that counts."""
     began = min((note.at for note in notes.get(row.task, ()) if note.event == "start"), default=math.inf)
     for parent in row.after:
-        if any(note.at > began for note in notes.get(parent, ())):
+        counts = rows[parent].attempt if parent in rows else 0
+        if any(note.at > began and note.attempt == counts for note in notes.get(parent, ())):
             return f"{row.task} started at {began:.3f}, before {parent}, which it waited for, was done"
     return ""
 
@@ -263,7 +264,8 @@ class _Reruns:
         self.unexplained: list[str] = []
         self.recovery: dict[str, list[float]] = defaultdict(list)
         for task, those in notes.items():
-            starts = sorted((note for note in those if note.event == "start"), key=lambda note: note.at)
+            # By attempt, not by time: who wakes up with a task that was given to another may still start it.
+            starts = sorted((note for note in those if note.event == "start"), key=lambda note: (note.attempt, note.at))
             for before, after in itertools.pairwise(starts):
                 self._explain(task, before, after, those, faults)
 
@@ -288,7 +290,7 @@ class _Reruns:
 
 def _meets(fault: Fault, before: Note, after: Note) -> bool:
     """Whether the fault was on the task's own agent, executor or store, between its start and its next one."""
-    if fault.at > after.at or fault.until < before.at:
+    if fault.at > max(before.at, after.at) or fault.until < min(before.at, after.at):
         return False
     match fault.whom:
         case "executor":

@@ -36,6 +36,7 @@ class Past:
         self.rows = [Row(task="t", state="SUCCEEDED", key="k", attempt=2, result='{"key":"k","attempt":2}')]
 
     def check(self, folder: Path) -> Verdict:
+        folder.mkdir(exist_ok=True)
         for name, lines in (
             (history.CALLS, self.calls),
             (history.TASKS, self.notes),
@@ -258,6 +259,17 @@ def test_the_time_to_recover_is_from_the_fault_to_the_next_start(tmp_path: Path)
     past.again()
     past.faults = [fault("kill", "agent", 1, at=4.5, until=4.5), fault("kill", "store", 3, at=3.0, until=3.0)]
     assert past.check(tmp_path).recovery["agent-kill"].max_s == 1.5
+
+
+def test_a_start_of_one_that_was_replaced_is_explained_by_the_fault_that_it_slept_through(tmp_path: Path) -> None:
+    past = Past()
+    past.again()
+    past.notes = [note("start", 2, at=6.0, pid=20, agent=2), note("end", 2, at=7.0, pid=20, agent=2), note("start", 1, at=8.0)]
+    assert list(past.check(tmp_path / "1").problems) == ["unexplained"]
+    past.faults = [fault("freeze", "node", 1, 10, at=3.0, until=7.9)]
+    verdict = past.check(tmp_path / "2")
+    assert verdict.problems == {}
+    assert verdict.recovery["node-freeze"].max_s == 3.0
 
 
 def test_a_failure_that_is_tried_again_needs_no_fault(tmp_path: Path) -> None:

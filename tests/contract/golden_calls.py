@@ -1,8 +1,9 @@
-"""Records calls of the library as processes of its present version send them: ``python -m tests.contract.golden_calls``.
+"""Records calls of the library as processes of its present version send them, and the digest of its text:
+``python -m tests.contract.golden_calls``.
 
 One run of a small cluster that uses every function. What is kept of each call are its function, its arguments, and the shape of
-its answer: words and how lists are nested, not ids and times. A library of the same protocol must answer all of them alike.
-Run it once, when a version is released; from then on the file may only grow.
+its answer: words and how lists are nested, not ids and times. Each later library must answer all of them alike. Run it while a
+version is not released; with the release its files are final, and a change of the library needs a new version, with its own.
 """
 
 import asyncio
@@ -21,10 +22,12 @@ from manager.core.mix import Mix
 from manager.core.model import IdempotencyKey, MemoryNote, ProgressNote, Submission, TenantRow
 from manager.core.quantities import GIB
 from manager.store import Store, StoreConnection
+from manager.store.schema import LIBRARY_VERSION, own_library
 from manager.store.store import Retention
 from tests.contract.store_harness import RED, RED_SHAPE, Lab, StoreServer, connected, end, granted, submission
 
-FILE: Final = Path(__file__).with_name("golden_calls.json")
+FOLDER: Final = Path(__file__).with_name("golden")
+DIGESTS: Final = FOLDER / "libraries.json"
 
 
 class GoldenCall(msgspec.Struct, frozen=True):
@@ -67,7 +70,9 @@ def argument(text: str) -> Any:
 def shape_of_answer(answer: Any) -> Any:
     """Words stay, other text and numbers become their kind; a list is that of its parts."""
     if isinstance(answer, list):
-        return [shape_of_answer(each) for each in answer]
+        parts = [shape_of_answer(each) for each in answer]
+        # Rows of sets come in any order.
+        return sorted(parts, key=repr) if parts and all(isinstance(each, list) for each in parts) else parts
     if isinstance(answer, bytes):
         return answer.decode() if re.fullmatch(rb"[A-Z_]{2,}", answer) else "text" if answer else ""
     return "number" if isinstance(answer, int) else answer
@@ -112,7 +117,7 @@ async def use_everything(lab: Lab) -> None:
     await store.unload([RED])
     await store.planned(lab.token, 1, [(RED, 2)])
     await store.put_mix(lab.token, Mix())
-    await store.share(lab.token, [TenantRow(tenant="red", gpus=0, memory_bytes=0, running=0, active=0, running_max=5)], [(RED, 1.5)])
+    await store.share(lab.token, [TenantRow(tenant="red", running_max=5)], [(RED, 1.5)])
     await store.reached(lab.token, dask=True)
     await store.look(leader=True)
     await store.cordon("n1", Cordon.DRAIN, "operator", 60.0)
@@ -150,15 +155,30 @@ async def record(server: StoreServer) -> list[GoldenCall]:
     return recorder.calls
 
 
+def digests() -> dict[int, str]:
+    """Every version of the library that this tree has had, by its digest."""
+    return msgspec.json.decode(DIGESTS.read_bytes(), type=dict[int, str])
+
+
+def golden() -> list[GoldenCall]:
+    """The calls of all versions."""
+    files = sorted(FOLDER.glob("calls_*.json"))
+    return [call for file in files for call in msgspec.json.decode(file.read_bytes(), type=list[GoldenCall])]
+
+
 def main() -> None:
-    """Write the file."""
+    """Write the files of the present version."""
     with tempfile.TemporaryDirectory() as folder:
         server = StoreServer(Path(folder), "redis").start()
         try:
             calls = asyncio.run(record(server))
         finally:
             server.kill()
-    FILE.write_bytes(b"[\n" + b",\n".join(msgspec.json.encode(call) for call in calls) + b"\n]\n")
+    FOLDER.mkdir(exist_ok=True)
+    file = FOLDER / f"calls_{LIBRARY_VERSION}.json"
+    file.write_bytes(b"[\n" + b",\n".join(msgspec.json.encode(call) for call in calls) + b"\n]\n")
+    known = {**(digests() if DIGESTS.exists() else {}), LIBRARY_VERSION: own_library().digest}
+    DIGESTS.write_bytes(msgspec.json.format(msgspec.json.encode(known), indent=2) + b"\n")
 
 
 if __name__ == "__main__":

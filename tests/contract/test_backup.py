@@ -19,6 +19,10 @@ from manager.store.snapshot import NoCopy, copy_of
 from tests.contract.store_harness import Lab, StoreServer, check_invariants, connected, dump, end
 
 
+def names_in(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
 def quietly(_done: int, _total: int) -> None:
     """Nobody looks."""
 
@@ -125,7 +129,7 @@ async def test_into_the_embedded_store(busy: Busy, own_server: StoreServer, fold
     file, data_dir = folder / "b", folder / "new"
     await make_backup(busy.lab.url, file, quietly)
     assert await restore_embedded(file, data_dir, quietly) == 2
-    assert sorted(each.name for each in data_dir.iterdir()) == ["store"], "something was left over"
+    assert names_in(data_dir) == ["store"], "something was left over"
     server = StoreServer(data_dir, own_server.name).start()
     try:
         async with connected_as_it_is(server.url) as lab:
@@ -146,15 +150,16 @@ async def test_into_the_embedded_store(busy: Busy, own_server: StoreServer, fold
 async def test_a_copy_is_of_one_moment_while_others_write(busy: Busy, target: Lab, folder: Path):
     """Whatever was accepted before it was begun is in it, and every counter fits every record."""
     accepted: list[str] = []
-    stop = asyncio.Event()
+    enough, stop = asyncio.Event(), asyncio.Event()
 
     async def load() -> None:
         while not stop.is_set():
             accepted.extend(await busy.lab.submit(20))
+            if len(accepted) >= 400:
+                enough.set()
 
     loading = asyncio.create_task(load())
-    while len(accepted) < 400:
-        await asyncio.sleep(0)
+    await enough.wait()
     before = list(accepted)
     await make_backup(busy.lab.url, folder / "b", quietly)
     stop.set()
@@ -181,9 +186,7 @@ async def test_heartbeats_of_a_cluster_that_waits_are_no_data(busy: Busy, target
     assert await target.store.identity() == "ours"
 
 
-async def test_a_restoration_that_was_broken_off_is_nobodys_until_it_is_finished(
-    busy: Busy, target: Lab, folder: Path
-):
+async def test_a_restoration_that_was_broken_off_is_nobodys_until_it_is_finished(busy: Busy, target: Lab, folder: Path):
     for _ in range(3):
         await busy.lab.submit(500)
     await make_backup(busy.lab.url, folder / "b", quietly)
@@ -257,7 +260,7 @@ async def test_a_backup_replaces_no_file_and_leaves_none_behind(busy: Busy, fold
     await busy.lab.raw("FLUSHALL")
     with pytest.raises(BackupError, match="no cluster in this store"):
         await make_backup(busy.lab.url, folder / "c", quietly)
-    assert [each.name for each in folder.iterdir()] == ["b"]
+    assert names_in(folder) == ["b"]
 
 
 async def test_a_store_that_gives_no_copy_says_what_to_use_instead(busy: Busy, folder: Path):
@@ -266,7 +269,7 @@ async def test_a_store_that_gives_no_copy_says_what_to_use_instead(busy: Busy, f
     with pytest.raises(NoCopy, match=r"NOPERM.*service's own backups"):
         await make_backup(url, folder / "b", quietly)
     await busy.lab.raw("ACL", "DELUSER", "managed")
-    assert list(folder.iterdir()) == []
+    assert names_in(folder) == []
 
 
 async def test_a_copy_whose_length_is_not_known_ends_at_its_mark(unused_tcp_port: int):
@@ -288,5 +291,3 @@ async def test_a_copy_whose_length_is_not_known_ends_at_its_mark(unused_tcp_port
     assert await copy_of(connection, got.extend, quietly) == len(data)
     assert bytes(got) == data
     server.close()
-
-

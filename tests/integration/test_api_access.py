@@ -34,8 +34,8 @@ async def world(store_server):
         yield world
 
 
-async def ask(world: World, operation: Operation, who: str, task_id: str, key_id: str) -> httpx.Response:
-    path = operation.path.format(task_id=task_id, key_id=key_id, node=NODE, file="page.css")
+async def ask(world: World, operation: Operation, who: str, task_id: str, array_id: str, key_id: str) -> httpx.Response:
+    path = operation.path.format(task_id=task_id, array_id=array_id, key_id=key_id, node=NODE, file="page.css")
     body = b'{"function":"echo","args":{"x":1}}' if operation.body is not None else None
     headers = {"content-type": "application/json"} if body else {}
     return await world.client(who).request(operation.method, path, content=body, headers=headers)
@@ -43,11 +43,11 @@ async def ask(world: World, operation: Operation, who: str, task_id: str, key_id
 
 async def test_every_route_with_every_key(world: World):
     """A21, A22, A24: the matrix is made from the routes themselves, so a new one is in it."""
-    own = await world.submit()
+    own, array = await world.submit(), await world.submit(count=2)
     for operation in world.server.api.operations:
         for who in (*WHO, "nobody"):
             spare = (await create_key(world.store, "spare", KeyScope.READ))[1].key_id
-            reply = await ask(world, operation, who, own, spare)
+            reply = await ask(world, operation, who, own, array, spare)
             place = f"{operation.name} as {who}: {reply.status_code} {reply.text[:200]}"
             if isinstance(operation.access, Public):
                 assert reply.status_code in {200, 404}, place
@@ -56,7 +56,7 @@ async def test_every_route_with_every_key(world: World):
                 assert reply.headers["www-authenticate"] == "Bearer"
             elif who not in _MAY[operation.access]:
                 assert reply.status_code == 403, place
-            elif "{task_id}" in operation.path and WHO[who][0] != "alpha":
+            elif {"{task_id}", "{array_id}"} & set(operation.path.split("/")) and WHO[who][0] != "alpha":
                 assert reply.status_code == 404, place
             else:
                 assert reply.status_code in {200, 201, 202, 400, 409}, place
@@ -64,21 +64,23 @@ async def test_every_route_with_every_key(world: World):
 
 async def test_another_tenants_task_looks_like_none(world: World):
     """A21: same status, same body but for the path; and it is not touched."""
-    own = await world.submit()
-    none = own[:-1] + ("1" if own[-1] == "0" else "0")
-    one = [o for o in world.server.api.operations if "{task_id}" in o.path]
-    assert len(one) == 6  # get under its old path too
-    for operation in one:
+    task, array = await world.submit(), await world.submit(count=2)
+    of_tasks = [(o, task) for o in world.server.api.operations if "{task_id}" in o.path]
+    of_arrays = [(o, array) for o in world.server.api.operations if "{array_id}" in o.path]
+    assert (len(of_tasks), len(of_arrays)) == (7, 2)  # get under its old path too
+    for operation, own in (*of_tasks, *of_arrays):
+        none = ("1" if own[0] == "0" else "0") + own[1:]
         for query in ("", "?wait=0.1") if operation.name == "get_task" else ("",):
             replies = [
-                await world.client("other").request(operation.method, operation.path.format(task_id=task_id) + query)
-                for task_id in (own, none)
+                await world.client("other").request(operation.method, operation.path.format(task_id=one, array_id=one) + query)
+                for one in (own, none)
             ]
-            bodies = [reply.text.replace(task_id, "ID") for reply, task_id in zip(replies, (own, none), strict=True)]
+            bodies = [reply.text.replace(one, "ID") for reply, one in zip(replies, (own, none), strict=True)]
             assert [reply.status_code for reply in replies] == [404, 404], operation.name
             assert bodies[0] == bodies[1]
             assert set(replies[0].headers) == set(replies[1].headers)
-    assert await world.status_of(own) == "QUEUED"
+    assert await world.status_of(task) == "QUEUED"
+    assert (await world.client().get(f"/v1/arrays/{array}")).json()["unfinished"] == 2
     assert (await world.client("other").get("/v1/tasks")).json()["tasks"] == []
 
 

@@ -356,3 +356,10 @@ async def test_a_device_without_memory_is_worth_one_more_attempt(worlds, more_me
     assert end.outcome is outcome
     assert (end.room is not None) is (outcome is Outcome.OUT_OF_MEMORY)
     assert end.room is None or end.room[1].memory_bytes == 3 * GIB
+
+
+async def test_an_executor_that_finds_no_room_on_disk_gives_its_claims_back(worlds):
+    world = worlds(claim("t"))
+    (world.runner.context.scratch / "s").write_text("where its folder should be")
+    assert [(end.task_id, end.outcome) for end in await world.ended()] == [("t", Outcome.RETURNED)]
+    assert not world.executors

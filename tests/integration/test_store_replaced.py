@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,33 @@ def answer(cluster: Cluster, path: str) -> httpx.Response | None:
 def refused(cluster: Cluster) -> bool:
     reply = answer(cluster, "/readyz")
     return reply is not None and reply.status_code == 503 and "is empty, but this process belongs" in reply.json()["detail"]
+
+
+def test_processes_that_are_too_old_end_and_are_not_started_again_and_again(own_cluster: Cluster):
+    cluster = own_cluster
+    roles = {role: cluster.role(role).pid for role in ("controller", "api")}
+    cluster.with_store(lambda store: store.connection.call("HSET", store.keys.meta, "schema", 98, "schema_min", 97))
+
+    def gone() -> bool:
+        return all(cluster.role_or_none(role) is None for role in roles) and not cluster.find("manager.cli.process", "node")
+
+    eventually(gone, 20, "the processes end")
+    for name in (*roles, "node-0"):
+        log = (cluster.directory / "data" / "logs" / f"{name}.log").read_text()
+        assert log.count("StoreTooNew: ") == 1, "it was started again at once"
+        assert "schema 98" in log
+        assert "schema 97 or newer may work" in log
+    cluster.destroy()
+    done = subprocess.run(
+        [sys.executable, "-m", "manager.cli.main", "up"],
+        env=cluster.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "schema 97 or newer may work" in done.stderr
 
 
 def test_an_empty_store_is_refused_and_heals_when_the_data_are_back(own_cluster: Cluster):

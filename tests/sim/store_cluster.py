@@ -18,7 +18,15 @@ from manager.core.shapes import Grant, Resources, Shape, grant_of
 from manager.dask_side import DaskUnavailable, SlotOnDask
 from manager.leader import Leadership
 from manager.results import NoResults
-from manager.settings import ControllerSettings, FunctionSettings, NodeSettings, Settings, SlotSettings, TaskSettings, TenantSettings
+from manager.settings import (
+    ControllerSettings,
+    FunctionSettings,
+    NodeSettings,
+    Settings,
+    SlotSettings,
+    TaskSettings,
+    TenantSettings,
+)
 from manager.store import Store
 from plugins.node.agent import Agent
 from plugins.node.link import OpenSlot
@@ -115,7 +123,8 @@ class SimAgent:
         store = Store(SimConnection(self.network))  # type: ignore[arg-type]
         listener: Any = SimConnection(self.network)
         prober: Any = _Prober()
-        self.agent = agent = Agent(self.settings, self.node, store, listener, prober, self.folder, self.folder / "link", NoResults())
+        link = self.folder / "link"
+        self.agent = agent = Agent(self.settings, self.node, store, listener, prober, self.folder, link, NoResults())
         fakes: Any = agent
         fakes.watch, fakes.worker = _Watch(self.node), _Worker()
         loops: list[asyncio.Task[None]] = []
@@ -199,7 +208,7 @@ class SimDask:
                 agent, grant = self.rng.choice(fits)
                 self._known[slot_id] = SlotOnDask("placed", agent.node)
                 self._at[slot_id] = agent
-                agent.process.post(lambda: agent.process.spawn(self._run(agent, slot_id, grant)))
+                agent.process.post(self._ask, agent, slot_id, grant)
                 return
             self._known[slot_id] = SlotOnDask("held", "")
             await asyncio.sleep(RETRY_S)
@@ -209,6 +218,9 @@ class SimDask:
         if (runner := agent.agent.slots.live.get(slot_id)) is not None:
             return runner.grant
         return agent.grant_for(needs)
+
+    def _ask(self, agent: SimAgent, slot_id: str, grant: Grant) -> None:
+        agent.process.spawn(self._run(agent, slot_id, grant))
 
     async def _run(self, agent: SimAgent, slot_id: str, grant: Grant) -> None:
         assert agent.agent is not None
@@ -291,4 +303,3 @@ class SimController:
     @property
     def leads(self) -> bool:
         return self.controller is not None and self.controller.leadership.leads
-

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
 from manager.core import wire
 from plugins.node.executor_handle import Exit, Output
 from plugins.node.executors import ExecutorStartError

@@ -97,7 +97,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         return handle
 
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> SimHandle:  # type: ignore[override]
-        return self.call_at(self.now_s + delay, callback, *args, context=context)
+        # A clock has a resolution: what is almost due is not due at the very same moment again and again.
+        return self.call_at(self.now_s + (max(delay, 1e-6) if delay > 0 else 0.0), callback, *args, context=context)
 
     def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> SimHandle:  # type: ignore[override]
         handle = SimHandle(when, callback, args, self, context)
@@ -150,7 +151,7 @@ class SimLoop(asyncio.AbstractEventLoop):
                 try:
                     if not self.run_until(lambda: all(task.done() for task in waiting), 10.0):  # noqa: B023
                         break
-                except BaseException:  # noqa: BLE001, S112  # what ends here is not judged
+                except BaseException:  # noqa: BLE001  # what ends here is not judged
                     continue
 
     # --- running --------------------------------------------------------------------------------------------------

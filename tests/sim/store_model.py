@@ -237,7 +237,8 @@ class Model:
             require(slot is None, "slot-opens-once", f"{slot_id} by {incarnation}, was {slot}")
             self.slots[slot_id] = Slot(node, incarnation, reply[1].decode())
         else:
-            require(slot is not None and slot.incarnation == incarnation and not slot.closed, "adopts-its-own", f"{slot_id}: {slot}")
+            own = slot is not None and slot.incarnation == incarnation and not slot.closed
+            require(own, "adopts-its-own", f"{slot_id}: {slot}")
 
     def _ry_open_direct(self, args: list[str], reply: Any) -> None:
         if reply == b"OK":
@@ -408,8 +409,6 @@ class Model:
             require(there, "nothing-lost", task_id)
 
 
-
-
 def _text(arg: Any) -> str:
     return arg.decode(errors="replace") if isinstance(arg, bytes) else str(arg)
 
@@ -418,5 +417,3 @@ def _shown(reply: Any) -> str:
     if isinstance(reply, list):
         return "[" + " ".join(_shown(part) for part in reply) + "]"
     return _text(reply)[:80]
-
-

@@ -205,10 +205,18 @@ class Meddler(Person):
             lambda: store.drop(token, "Meddled", some),
             lambda: store.planned(token, rng.randrange(2), [(queue.shape_id, 3) for queue in state.queues]),
             lambda: store.age(token, rng.choice((0.0, 60.0)), [queue.shape_id for queue in state.queues]),
-            lambda: store.due(),
+            store.due,
             lambda: store.sweep(token, 0, 30, 0),
-            lambda: store.close_slot(some[0], new_id(), "Meddled"),
         ]
+        strangers = [row.incarnation for row in state.nodes] + [new_id()]
+        stranger = rng.choice(strangers)
+        others = [slot.slot_id for slot in state.slots if slot.incarnation not in ("", stranger)]
+        if others:  # one agent speaks for what another one has
+            other = rng.choice(others)
+            choices += [
+                lambda: store.next(other, stranger, 1, ()),
+                lambda: store.close_slot(other, stranger, "Meddled"),
+            ]
         if state.queues:
             queue = rng.choice(state.queues)
             choices += [

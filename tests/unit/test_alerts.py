@@ -67,6 +67,11 @@ CASES = {
         fires={f"rocyard_store_unsynced{{{API}}}": f"1+0{LONG}", 'rocyard_store_unsynced{instance="b:1"}': f"0+0{LONG}"},
         quiet={f"rocyard_store_unsynced{{{API}}}": f"0+0{LONG}"},
     ),
+    "RocyardStoreRefused": Case(
+        fires={f'rocyard_store_refused{{{API}, reason="replaced"}}': f"1+0{LONG}"},
+        quiet={f'rocyard_store_refused{{{API}, reason="replaced"}}': f"0+0{LONG}"},
+        labels={"reason": "replaced"},
+    ),
     "RocyardNoLeader": Case(
         fires={f"rocyard_leader{{{API}}}": f"0+0{LONG}"},
         quiet={f"rocyard_leader{{{API}}}": f"0+0{LONG}", 'rocyard_leader{instance="b:1"}': f"1+0{LONG}"},

@@ -8,7 +8,7 @@ import httpx
 import msgspec
 import pytest
 
-from manager import client, client_wire
+from manager import client, client_tasks, client_wire
 from manager.client import Array, Client, Task, task_request
 from manager.client_address import ClusterAddress, find_cluster
 from manager.client_errors import (
@@ -238,7 +238,7 @@ ARRAY = {"array_id": "0" * 26, "tenant": "t", "function": "echo", "count": 3, "m
 
 
 def test_an_array_is_waited_for_and_gives_its_results_by_index(monkeypatch):
-    monkeypatch.setattr(client, "ARRAY_PAUSE_S", (0.0, 0.0))
+    monkeypatch.setattr(client_tasks, "ARRAY_PAUSE_S", (0.0, 0.0))
     seen = []
 
     def handle(request: httpx.Request) -> httpx.Response:

@@ -131,6 +131,20 @@ CASES = [
     pytest.param(store("version", info={"redis_version": "6.2.14"}), Status.FAIL, "6.2.14", "7.0", id="an old store"),
     pytest.param(store("version", info=GOOD_INFO | {"role": "slave"}), Status.FAIL, "replica", "primary", id="a replica"),
     pytest.param(store("durability"), Status.OK, "on disk", "", id="durable"),
+    pytest.param(store("identity"), Status.SKIP, "it is new", "", id="a new store"),
+    pytest.param(
+        store("identity", cluster="a", expected="a", schema=2, schema_min=2), Status.OK, "cluster a, schema 2", "", id="our store"
+    ),
+    pytest.param(store("identity", expected="a"), Status.FAIL, "it is empty", "rocyard restore", id="an emptied store"),
+    pytest.param(
+        store("identity", cluster="b", expected="a", schema=2, schema_min=2),
+        Status.FAIL, "belongs to cluster b", "rocyard restore", id="another cluster's store",
+    ),
+    pytest.param(
+        store("identity", cluster="a", schema=9, schema_min=9), Status.FAIL, "schema 9 or newer", "knows schema 2", id="too new"
+    ),
+    pytest.param(store("identity", cluster="a", schema=1, schema_min=1), Status.WARN, "schema 1", "upgrades", id="older data"),
+    pytest.param(store("functions", library=False, library_newer=True), Status.WARN, "newer version", "rolling", id="newer"),
     pytest.param(
         store("durability", config=GOOD_CONFIG | {"appendfsync": "everysec"}),
         Status.FAIL, "appendfsync everysec", "config set appendfsync always", id="fsync each second",

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from manager.api.body import DEPTH_MAX, batch_request, checked_json, task_request
 from manager.api.cursors import decode_cursor, encode_cursor
 from manager.api.query import parse_query, wait_s
-from manager.api.submissions import refuse_infeasible, submission_of
+from manager.api.submissions import digest_of, parents_of, refuse_infeasible, refuse_late, submission_of
 from manager.core.answers import TaskView, resources_in, summary_of, utc, view_of
-from manager.core.errors import BadRequest, Infeasible, TooLarge
+from manager.core.errors import BadRequest, DeadlinePassed, Infeasible, TooLarge, UnknownDependency
 from manager.core.functions import PublishedFunction
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskRecord, TaskSpec
@@ -268,3 +268,48 @@ def test_any_query_is_read_or_refused(raw):
 
 def test_a_wait_is_cut_to_the_limit():
     assert (wait_s("2", 60.0), wait_s("5m", 60.0), wait_s("0", 60.0)) == (2.0, 60.0, 0.0)
+
+
+@given(args=st.dictionaries(st.text(), json_values, max_size=5))
+def test_a_request_has_one_digest_however_it_is_written(args):
+    asked = {"function": "f", "args": args, "priority": 1}
+    other = json.dumps(dict(reversed(asked.items())), indent=3, ensure_ascii=False)
+    assert digest_of(json.loads(other)) == digest_of(asked)
+    assert digest_of(asked | {"priority": 2}) != digest_of(asked)
+    assert digest_of({"function": "f", "args": asked}) != digest_of(asked)
+
+
+def test_a_digest_can_be_made_of_all_that_is_taken():
+    for value in (2**200, -(2**64), 1e300, "\u0000\ud83d\ude00", [], {}):
+        body = json.dumps({"function": "f", "args": {"x": value}}).encode()
+        assert checked_json(body)
+        assert len(digest_of(json.loads(body))) == 64
+
+
+def test_what_a_task_comes_after_is_named_by_ids_and_in_a_batch_by_numbers():
+    ids = tuple(f"{number:026}" for number in range(4))
+    assert parents_of(TaskRequest("f", after=(ids[3], 1, ids[1], 0, 1)), ids[:2]) == (ids[3], ids[1], ids[0])
+    assert parents_of(TaskRequest("f", after=(ids[0], ids[0])), None) == (ids[0],)
+    for after, before, error, words in (
+        ((0,), None, BadRequest, r"after\[0\]: a number names a task of the same batch"),
+        ((2,), ids[:2], BadRequest, r"0 to 1"),
+        ((-1,), ids[:2], BadRequest, r"0 to 1"),
+        ((0,), (), BadRequest, r"no task before this one"),
+        (("x",), ids, UnknownDependency, r"after\[0\]: 'x' is no id"),
+    ):
+        with pytest.raises(error, match=words):
+            parents_of(TaskRequest("f", after=after), before)
+
+
+def test_a_deadline_is_checked_against_the_clock_of_the_store():
+    moment = dt.datetime(2026, 5, 1, 12, tzinfo=dt.timezone(dt.timedelta(hours=2)))
+    spec = submission_of(TaskRequest("echo", deadline=moment), FUNCTION, "t", "1", Settings()).spec
+    assert spec.deadline_ms == int(moment.timestamp() * 1000)
+    refuse_late(spec, spec.deadline_ms - 1)
+    with pytest.raises(DeadlinePassed, match=r"tasks\[1\]\.deadline: 2026-05-01T10:00:00Z was 65\.0 s ago"):
+        refuse_late(spec, spec.deadline_ms + 65_000, "tasks[1].")
+    with pytest.raises(BadRequest, match="366 days"):
+        refuse_late(spec, spec.deadline_ms - 367 * 86_400_000)
+    long_ago = TaskRequest("echo", deadline=dt.datetime(1900, 1, 1, tzinfo=dt.UTC))
+    with pytest.raises(DeadlinePassed):
+        refuse_late(submission_of(long_ago, FUNCTION, "t", "1", Settings()).spec, 1_000_000)

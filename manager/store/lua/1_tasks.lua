@@ -481,8 +481,8 @@ local function claim(p, slot, node, shape, n, now)
       elseif task[1] == 'QUEUED' and not too_late(p, id, task[9], task[10], now) then
         enough = alone
         taken = taken + 1
-        local attempt = redis.call('HINCRBY', key, 'attempt', 1)
-        redis.call('HSET', key, 'state', 'RUNNING', 'slot', slot, 'node', node, 'claimed', now)
+        local attempt = tonumber(task[3]) + 1
+        redis.call('HSET', key, 'state', 'RUNNING', 'attempt', attempt, 'slot', slot, 'node', node, 'claimed', now)
         redis.call('SADD', p .. 'run:' .. slot, id)
         first = first or string.format('%.0f', tonumber(popped[i + 1]))
         claim_reply(p, claims, id, attempt, task)
