@@ -34,7 +34,7 @@ from manager.screen import Screen, Started
 from manager.settings import Settings
 from manager.store import Store
 from manager.store.schema import Membership
-from manager.store.server import EmbeddedStore, ServerSpec
+from manager.store.server import EmbeddedStore, ServerSpec, damage_in
 from manager.store.store import connect
 from manager.tls import Role, api_url, client_context, dashboard_url, metrics_context, metrics_url, settings_for, tls_files
 
@@ -243,6 +243,7 @@ class Supervisor:
                 raise Stopped
             if await ready():
                 return
+            self._refuse_damage()
             failing = next((child for child in self._everybody if child.restarts >= 3), None)
             if failing is not None or time.monotonic() > deadline_s:
                 child = failing or next(reversed(self.children), None)
@@ -253,6 +254,26 @@ class Supervisor:
                 )
             self.screen.waiting(what, [child.command.name for child in self._everybody])
             await asyncio.sleep(POLL_S)
+
+    def _refuse_damage(self) -> None:
+        """Data that are damaged are so at each start.
+
+        Raises:
+            StartError: the store refuses its data.
+        """
+        for child in self.children:
+            if child.command.name != "store" or not child.restarts:
+                continue
+            damage = damage_in(child.tail(lines=100))
+            if damage is not None:
+                folder = self.directory / "store"
+                raise StartError(
+                    f"the store's data are damaged, and it refuses to start with them: {damage}\n"
+                    "Nothing is repaired by itself: what was accepted after the damaged place would be gone without a word. "
+                    f"First copy {folder} to a safe place. Then either bring back the newest backup (move that folder away, "
+                    "'rocyard restore FILE'), or give up what comes after the damage (redis-check-aof --fix on the .manifest "
+                    "in its appendonlydir); see 'A damaged log' in docs/operations.md"
+                )
 
     async def _answers(self, store: Store) -> bool:
         """Whether the store answers, and is ours.

@@ -15,7 +15,7 @@ import msgspec
 
 from manager import doctor
 from manager.cli.doctor_machine import clock_synchronised
-from manager.core.addresses import is_loopback
+from manager.core.addresses import dialled, in_url, is_loopback
 from manager.core.answers import Readiness
 from manager.core.errors import RocyardError, SettingsError
 from manager.doctor import Check, StoreFacts
@@ -62,7 +62,8 @@ def with_embedded_store(settings: Settings, data_dir: Path) -> Settings:
     """
     kept = json.loads((data_dir / "store.json").read_text())
     scheme = "rediss" if settings.tls.directory else "redis"
-    url = Secret(f"{scheme}://rocyard:{kept['password']}@127.0.0.1:{kept['port']}/0")
+    host = in_url(dialled(settings.store.host))
+    url = Secret(f"{scheme}://rocyard:{kept['password']}@{host}:{kept['port']}/0")
     return msgspec.structs.replace(settings, store=msgspec.structs.replace(settings.store, url=url))
 
 

@@ -38,6 +38,11 @@ PROBE_S: Final = 1.0
 """A local server that does not answer in this time is not ready."""
 
 _VERSION: Final = re.compile(r"v=(\d+)\.(\d+)\.(\d+)")
+_DAMAGE: Final = re.compile(
+    "# (.*(?:reading the append only file|AOF loading aborted|Invalid AOF manifest|AOF manifest file .* exist"
+    "|Unable to obtain the AOF file|Wrong RDB checksum|Unrecoverable error, aborting now).*)"
+)
+"""Lines of servers that refuse their data."""
 _WORKER_COMMANDS: Final = "+hset +hdel +hget +hmget +hgetall +expire +pexpire +ping +hello +multi +exec +discard"
 
 
@@ -216,6 +221,16 @@ def server_in(folder: Path) -> int | None:
                 if Path(process.cwd()) == folder.resolve():
                     return process.pid
     return None
+
+
+def damage_in(output: str) -> str | None:
+    """What a server says of its data where these are damaged, and it does not start for that; None where it says nothing of it.
+
+    Args:
+        output: the end of its log, of which only its last start counts.
+    """
+    found = _DAMAGE.search(output.rpartition(" is starting ")[2])
+    return found[1] if found else None
 
 
 def _candidates() -> list[str]:

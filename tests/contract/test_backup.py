@@ -192,7 +192,8 @@ async def test_a_restoration_that_was_broken_off_is_nobodys_until_it_is_finished
     await make_backup(busy.lab.url, folder / "b", quietly)
 
     def break_off(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+        if done == total:  # all but the identity is there
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         await restore_into(folder / "b", target.url, break_off)

@@ -1,6 +1,6 @@
-"""A thousand tasks that several want to end, begin or give back in the same moment: each ends once, as whoever was told heard it.
+"""A thousand tasks that several want to end, begin or give back in the same moment: each ends once, and all hear the same.
 
-Who was first is the store's to say. So the judge asks no order: it compares everything that anybody was answered with what is on
+Who was first is the store's to say. So the judge asks for no order: it compares what anybody was answered with what is on
 record when all is over, and sees to it that both orders have come in each pair that matters.
 """
 

@@ -1,7 +1,7 @@
-"""The API's process is killed in the middle of a submission, before and after the store has it: nothing is lost, nothing comes twice.
+"""The API is killed in the middle of a submission, before and after the store has it: nothing is lost, nothing comes twice.
 
-A proxy between the API and the store knows each call. It kills the process with a submission in its hands that the store has not
-seen, or with an answer that the API has not seen; clients repeat what was not answered, with its key, until it is.
+A proxy between the API and the store knows each call. It kills the process with a submission that the store has not seen, or
+with an answer that the API has not seen; clients repeat what was not answered, with its key, until it is.
 """
 
 import asyncio
@@ -39,6 +39,9 @@ SUBMIT_AT: Final = 1
 """Where the name of the function stands in a call."""
 SHAPES_AT: Final = 8
 """Where the number of shapes stands in a submission; then come two values for each, then seven for each task, its id first."""
+
+Called = deque[tuple[str, ...]]
+"""Of each call under way, in order: the ids of the submission to die with; mostly there are none."""
 
 
 class Killer:
@@ -79,7 +82,7 @@ class Killer:
         except OSError:
             writer.transport.abort()
             return
-        called: deque[tuple[str, ...]] = deque()  # of each call under way: the ids of the submission to die with, mostly none
+        called: Called = deque()
         pumps = [
             asyncio.create_task(self._calls(reader, their_writer, called)),
             asyncio.create_task(self._answers(their_reader, writer, called)),
@@ -93,7 +96,7 @@ class Killer:
             writer.transport.abort()
             their_writer.transport.abort()
 
-    async def _calls(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, called: deque[tuple[str, ...]]) -> None:
+    async def _calls(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, called: Called) -> None:
         parser = hiredis.Reader()  # a call is an array, as answers are
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):

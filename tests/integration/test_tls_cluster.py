@@ -175,6 +175,13 @@ def test_keys_still_decide_who_may_ask_for_passwords(cluster: TlsCluster) -> Non
     assert "rediss" not in answer.text
 
 
+def test_a_backup_is_made_over_tls(cluster: TlsCluster, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "manager.cli.main", "backup", str(tmp_path / "b"), "--output", "json"]
+    done = subprocess.run(argv, env=cluster.environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes"] > 0
+
+
 def test_certificates_are_renewed_while_tasks_run(cluster: TlsCluster) -> None:
     gate = cluster.directory / "gate"
     task = cluster.client.submit("until", {"path": str(cluster.witness_path), "gate": str(gate)})

@@ -38,7 +38,9 @@ class Process:
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start a task of this process."""
-        return self.loop.create_task(coroutine, context=self.context.copy())
+        task = self.loop.create_task(coroutine, context=self.context.copy())
+        task.add_done_callback(self.loop.end, context=_NOBODY.copy())
+        return task
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
         """Have it called by this process, once it can."""
@@ -59,6 +61,7 @@ class Process:
         self.dead = True
 
 
+_NOBODY = contextvars.Context()
 CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 
@@ -123,6 +126,11 @@ class SimLoop(asyncio.AbstractEventLoop):
         except Exception as error:  # noqa: BLE001  # as a thread would hand it over
             future.set_exception(error)
         return future
+
+    def end(self, task: asyncio.Task[Any]) -> None:
+        """What a process ended with is the simulation's end, where it is an error."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.errors.append(error)
 
     def get_debug(self) -> bool:
         return False

@@ -254,6 +254,10 @@ class Model:
         for slot_id in args[2:]:
             self._close(slot_id, f"fenced: {args[1]}")
 
+    def _ry_drop(self, args: list[str], reply: Any) -> None:
+        for slot_id in reply[1]:
+            require(slot_id.decode() not in self.slots, "open-slot-kept", f"{slot_id!r} was dropped")
+
     def _ry_flag(self, args: list[str], reply: Any) -> None:
         for slot_id in args[2:]:
             if (slot := self.slots.get(slot_id)) is not None and not slot.closed:

@@ -16,7 +16,7 @@ from manager.core.ids import array_id, new_id
 from manager.core.lifecycle import FINAL, AfterFailed, Cordon, SlotFlag
 from manager.core.model import ClusterState, IdempotencyKey, Submission, TaskSpec
 from manager.core.quantities import GIB
-from manager.core.shapes import Resources, shape_id, shape_of
+from manager.core.shapes import Resources, Shape, shape_id, shape_of
 from manager.store import Store
 from manager.store.connection import StoreReplyError
 from tests.contract.store_harness import Violation
@@ -99,6 +99,13 @@ class Client(Person):
         shape = shape_of(self.tenant, "env", spec.resources, self.rng.choice((0, 0, 0, 2)))
         digest = str(self.rng.getrandbits(32))
         return Submission(array_id() if spec.count else new_id(), shape_id(shape), shape, spec, digest)
+
+    def probe(self, shape: str, what: Shape) -> str:
+        """Submit a plain task of that shape; its id."""
+        spec = TaskSpec(FUNCTION, msgspec.Raw(b"{}"), what.resources)
+        one = Submission(new_id(), shape, what, spec)
+        self.process.spawn(self.store.submit(what.tenant, 10 * ACTIVE_MAX, [one]))
+        return one.task_id
 
     async def submit(self) -> None:
         wanted: list[Submission] = []

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from asyncio import events
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,6 +43,10 @@ CHAOS_S = 40.0
 CALM_S_MAX = 400.0
 CHECK_S = 5.0
 LEASE_S = 12.0
+PROBES = 3
+PROBE_S = 0.5
+IDLE_MS_MAX = 5000
+"""A slot that has been idle for longer may be about to close."""
 JUMPS_MS = (3_600_000, -3_600_000, 86_400_000, -86_400_000)
 
 
@@ -262,7 +267,24 @@ class World:
             if self.loop.now_s >= limit_s:
                 raise Violation("all-drains", f"after {CALM_S_MAX} s of calm: {self._left()}")
             self._run_for(1.0)
+        for _ in range(PROBES):
+            self._probe()
         self.check(last=True)
+
+    def _probe(self) -> None:
+        """A slot that is idle hears of work at once, not with the next beat of its agent."""
+        state = _now(self.recount.look(leader=False))
+        fresh_ms = self.now_ms() - IDLE_MS_MAX
+        idle = [slot for slot in state.slots if slot.idle_ms and slot.idle_ms > fresh_ms and not slot.flag and not slot.running]
+        shapes = {queue.shape_id: queue.shape for queue in state.queues}
+        if not idle:
+            return
+        slot = self.rng.choice(idle)
+        task_id = self.clients[0].probe(slot.shape_id, shapes[slot.shape_id])
+        self._run_for(PROBE_S)
+        if self.model.tasks[task_id].attempt == 0:
+            raise Violation("woken-in-time", f"{task_id} was not claimed within {PROBE_S} s, and {slot} was idle")
+        self._run_for(1.0)
 
     def _run_for(self, seconds: float) -> None:
         self.loop.run_until(lambda: False, seconds)
@@ -358,12 +380,18 @@ class _Direct:
         return self.store.call(*args)
 
 
+_NO_LOOP = SimLoop()
+
+
 def _now(coroutine: Any) -> Any:
     """The result of a coroutine that waits for nobody."""
+    events._set_running_loop(_NO_LOOP)
     try:
         coroutine.send(None)
     except StopIteration as done:
         return done.value
+    finally:
+        events._set_running_loop(None)
     raise AssertionError("it waits for something")
 
 
@@ -419,7 +447,7 @@ def replay(seed: int) -> str:
 
 
 def find(store: SimStore, library: str, seeds: Iterable[int]) -> Outcome | None:
-    """The first of these histories that breaks a promise with this library; None where none does."""
+    """The first of these histories that breaks a promise with this text of the library; None where none does."""
     for seed in seeds:
         outcome = live(store, seed, library)
         if outcome.violation:
