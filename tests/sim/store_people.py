@@ -143,6 +143,8 @@ class Client(Person):
         if not reply.replayed:
             self._last = None
             self.accepted += [task_id for task_id, _ in reply.tasks]
+        elif any(one.spec.name for one in wanted):
+            return  # the key may have had its day, and the name says the same
         elif other or [task_id for task_id, _ in reply.tasks] != ids:
             raise Violation("same-key-same-task", f"{key}: {reply}, was {ids}")
 

@@ -15,11 +15,11 @@ import random
 import shutil
 import tempfile
 import traceback
+from asyncio import events
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from asyncio import events
 from pathlib import Path
 from typing import Any
 from unittest import mock
