@@ -25,6 +25,16 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
     assert len(named) > 40
 
 
+def test_every_fault_has_a_row_that_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\| F\d+ .*\|$", text, re.MULTILINE)]
+    assert [row[0] for row in rows] == [f"F{number}" for number in range(1, 47)]
+    there = {file.name for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")}
+    missing = {row[0]: [name for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", row[4]) if name not in there] for row in rows}
+    assert {number: names for number, names in missing.items() if names} == {}
+    assert all(re.search(r"`[\w/]*test_\w+\.py`", row[4]) for row in rows), "a row names no test"
+
+
 def test_the_readme_names_commands_that_exist() -> None:
     from manager.cli.main import COMMANDS
 

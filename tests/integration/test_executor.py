@@ -391,6 +391,11 @@ class TestEnds:
         end = await node.exit()
         assert (end.returncode, end.started, end.unstarted) == (-signal.SIGKILL, None, ())
 
+    async def test_a_machine_without_memory_ends_an_executor_before_its_agent(self, node):
+        executor = await node.start()
+        ours, its = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (os.getpid(), executor.pid))  # noqa: ASYNC240
+        assert its > ours, "the kernel may choose the agent"
+
     @pytest.mark.parametrize("function", ["wait", "wait_async"])
     async def test_a_task_is_asked_to_end_and_cleans_up(self, node, tmp_path, function):
         executor = await node.start()

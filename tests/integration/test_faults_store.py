@@ -20,6 +20,7 @@ from manager.core.lifecycle import TaskStatus
 from manager.screen import Screen
 from manager.settings import ApiSettings, DaskSettings, Settings
 from manager.store import Store, StoreConnection
+from manager.store.server import damage_in
 from tests.chaos.proxy import Proxy
 from tests.contract.store_harness import PROGRAMS, Lab, StoreServer, check_invariants, connected, dump, end, program, submission
 from tests.integration.api_world import RunningStore, World, serving, until_answer
@@ -228,6 +229,31 @@ async def test_data_damaged_in_the_middle_are_refused_with_what_to_do(tmp_path: 
         async with connected_as_is(server.url) as lab:
             assert set(kept) <= set((await check_invariants(lab.store)).tasks)
         server.kill()
+
+
+@pytest.mark.parametrize(
+    ("said", "damage"),
+    [
+        (
+            "1:M 3 Nov * Server initialized\n1:M 3 Nov # Unknown command 'HSEX' reading the append only file a.aof",
+            "Unknown command",
+        ),
+        ("1:M 3 Nov # Error reading the append only file a.aof, error: unknown command 'HSEX'", "Error reading"),
+        ("1:M 3 Nov # Wrong RDB checksum expected: (76) but got (c5). Aborting now.", "Wrong RDB checksum"),
+        ("1:M 3 Nov # Short read or OOM loading DB. Unrecoverable error, aborting now.", "Short read"),
+        ("1:M 3 Nov # Unable to obtain the AOF file a.aof length. stat: No such file or directory", "Unable to obtain"),
+        (
+            "1:M 3 Nov # Bad file format reading the append only file a.aof\n2:C 4 Nov # Redis is starting oO0\n2:M * Ready",
+            "",
+        ),
+        ("1:M 3 Nov # Can't recover from AOF write error when the AOF fsync policy is 'always'. Exiting...", ""),
+    ],
+)
+def test_only_what_a_server_says_of_its_data_in_its_last_start_is_damage(said: str, damage: str):
+    """As Redis 7.0 and Valkey 9 say it."""
+    found = damage_in(f"1:C 3 Nov # oO0 Valkey is starting oO0\n{said}\n")
+    assert (found is not None) == bool(damage)
+    assert damage in (found or "")
 
 
 # --- a replica that takes over ------------------------------------------------------------------------------------

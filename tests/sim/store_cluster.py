@@ -44,7 +44,7 @@ def settings_of(quota: int, retained: int) -> Settings:
     return Settings(
         controller=ControllerSettings(period_s=2.0, term_s=10.0),
         node=NodeSettings(beat_s=3.0, lease_beats=4, slots_max=16, devices="simulated"),
-        slots=SlotSettings(idle_s=8.0, open_deadline_s=5.0, residence_s=1.0),
+        slots=SlotSettings(idle_s=15.0, open_deadline_s=5.0, residence_s=1.0),
         tasks=TaskSettings(grace_s=1.0, retained_max=retained, ageing_s=20.0, preempt_s=10.0),
         tenants={"red": TenantSettings(running_tasks_max=quota, retries_per_minute_max=60), "blue": TenantSettings(weight=2.0)},
         functions={FUNCTION: FunctionSettings(target="nowhere:nothing")},

@@ -89,20 +89,18 @@ class Model:
         self.running_max: dict[str, int] = {}
         self.keys: dict[tuple[str, str], tuple[str, tuple[str, ...], int]] = {}
         self.executions: dict[str, list[int]] = {}
-        self.calls = 0
         self.refused_old_leaders = 0
         self.refused_zombies = 0
         self.late_ends = 0
-        self.history: list[str] = []
+        self.calls_seen: list[tuple[int, tuple[Any, ...], Any]] = []
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
     def saw(self, call: tuple[Any, ...], reply: Any, now_ms: int) -> None:
         """One call of a function has happened."""
-        self.calls += 1
         self.now_ms = now_ms
         name, args = call[1], [_text(arg) for arg in call[_AFTER_PREFIX:]]
-        self.history.append(f"{now_ms} {name} {' '.join(arg[:60] for arg in args)[:300]} -> {_shown(reply)[:300]}")
+        self.calls_seen.append((now_ms, call, reply))
         if isinstance(reply, Exception):
             raise reply
         if name in LEADER_CALLS:
@@ -411,6 +409,12 @@ class Model:
             if not there and task_id in self.arrays:
                 there = all(id_in_array(task_id, i) in ended for i in range(self.arrays[task_id]))
             require(there, "nothing-lost", task_id)
+
+
+def line_of(now_ms: int, call: tuple[Any, ...], reply: Any) -> str:
+    """One call, for people."""
+    args = " ".join(_text(arg)[:60] for arg in call[_AFTER_PREFIX:])
+    return f"{now_ms} {call[1]} {args[:300]} -> {_shown(reply)[:300]}"
 
 
 def _text(arg: Any) -> str:

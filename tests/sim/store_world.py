@@ -34,7 +34,7 @@ from tests.contract.store_harness import Violation, check_invariants
 from tests.sim.store_cluster import SimAgent, SimController, SimDask, settings_of
 from tests.sim.store_executors import Act, Theatre
 from tests.sim.store_loop import EPOCH_MS, Process, SimLoop, virtual
-from tests.sim.store_model import Model
+from tests.sim.store_model import Model, line_of
 from tests.sim.store_net import CALM, FAIR, FOUL, Network
 from tests.sim.store_people import NODES, Client, Meddler, Operator, Person
 from tests.sim.store_server import SimStore, simulated_library
@@ -43,9 +43,11 @@ CHAOS_S = 40.0
 CALM_S_MAX = 400.0
 CHECK_S = 5.0
 LEASE_S = 12.0
+SETTLED_S = 5.0
+"""Calm for so long, nobody waits for an answer any more that will never come, and every idle slot has been told to be so."""
 PROBES = 3
 PROBE_S = 0.5
-IDLE_MS_MAX = 5000
+IDLE_MS_MAX = 11_000
 """A slot that has been idle for longer may be about to close."""
 JUMPS_MS = (3_600_000, -3_600_000, 86_400_000, -86_400_000)
 
@@ -58,7 +60,12 @@ class Outcome:
     violation: str = ""
     detail: str = ""
     figures: Counter[str] = field(default_factory=Counter)
-    history: list[str] = field(default_factory=list)
+    calls: list[tuple[int, tuple[Any, ...], Any]] = field(default_factory=list)
+
+    @property
+    def history(self) -> list[str]:
+        """Its calls, for people."""
+        return [line_of(*call) for call in self.calls]
 
 
 class World:
@@ -267,6 +274,7 @@ class World:
             if self.loop.now_s >= limit_s:
                 raise Violation("all-drains", f"after {CALM_S_MAX} s of calm: {self._left()}")
             self._run_for(1.0)
+        self._run_for(SETTLED_S)
         for _ in range(PROBES):
             self._probe()
         self.check(last=True)
@@ -346,7 +354,7 @@ class World:
         figures = self.figures + Counter(
             tasks=len(model.tasks),
             accepted=sum(len(client.accepted) for client in self.clients),
-            calls=model.calls,
+            calls=len(model.calls_seen),
             executions=sum(len(begun) for begun in model.executions.values()),
             executed_again=sum(len(begun) - 1 for begun in model.executions.values()),
             commits=sum(task.commits for task in model.tasks.values()),
@@ -434,7 +442,7 @@ def live(store: SimStore, seed: int, library: str = "") -> Outcome:
                     outcome.violation, outcome.detail = error.name, str(error)
                 finally:
                     outcome.figures = world.tally()
-                    outcome.history = world.model.history
+                    outcome.calls = world.model.calls_seen
                     world.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

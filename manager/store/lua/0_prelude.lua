@@ -275,7 +275,8 @@ local function leads(p, token, role)
 end
 
 local function parent_error(parent, state)
-  return cjson.encode({ type = 'DependencyFailed', message = parent .. ', which the task comes after, ' .. (ENDED_AS[state] or state) })
+  return cjson.encode({ type = 'DependencyFailed',
+    message = parent .. ', which the task comes after, ' .. (ENDED_AS[state] or state) })
 end
 
 -- How a task or an array has ended; nil while it has not, and where there is none. An array is as good as its worst task.
