@@ -37,6 +37,7 @@ DEATHS: Final = ("before", "after", "before", "after")
 """Whether the store has the submission when the process dies with it."""
 SUBMIT_AT: Final = 1
 """Where the name of the function stands in a call."""
+KEY_AT: Final = 6
 SHAPES_AT: Final = 8
 """Where the number of shapes stands in a submission; then come two values for each, then seven for each task, its id first."""
 
@@ -53,6 +54,7 @@ class Killer:
         self.deaths: list[tuple[str, tuple[str, ...]]] = []
         self._point = ""
         self._left = 0
+        self._keys: set[bytes] = set()
         self._links: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -69,7 +71,7 @@ class Killer:
         await asyncio.gather(*self._links, return_exceptions=True)
 
     def arm(self, point: str, number: int) -> None:
-        """Kill at the `number`-th submission from now on."""
+        """Kill at the `number`-th new submission from now on."""
         self._point, self._left = point, number
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -126,7 +128,10 @@ class Killer:
 
     def _chosen(self, call: list[bytes]) -> tuple[str, ...]:
         """The ids of the submission that the process is to die with; none where this is not it."""
-        if not self._left or call[SUBMIT_AT : SUBMIT_AT + 1] != [b"ry_submit"]:
+        if call[SUBMIT_AT : SUBMIT_AT + 1] != [b"ry_submit"] or call[KEY_AT] in self._keys:
+            return ()  # nor is it one that repeats another: the store may have that
+        self._keys.add(call[KEY_AT])
+        if not self._left:
             return ()
         self._left -= 1
         if self._left:

@@ -104,7 +104,12 @@ class World:
         return EPOCH_MS + int(self.loop.now_s * 1000) + self.jump_ms
 
     def _welcome(self, args: tuple[Any, ...]) -> bool:
-        """A submission that is repeated after its task was forgotten is a new one: that is beyond what is promised."""
+        """What is repeated after its record was forgotten is new: that a repeat may come so late is beyond what is promised.
+
+        Records are kept for hours; only a clock that jumps by a day forgets them sooner.
+        """
+        if args[:2] == ("FCALL", "ry_request"):
+            return args[5] not in self.model.slots or bool(self.raw.call("EXISTS", f"{args[3]}s:{args[5]}"))
         if args[:2] != ("FCALL", "ry_submit"):
             return True
         ids = args[9 + 2 * int(args[8]) :: 7]
