@@ -38,7 +38,6 @@ ARRAY_FIELDS: Final = (
 _TRY: Final = b"try:"
 
 
-
 class _ClaimMore(msgspec.Struct, frozen=True):
     """What a claim says beside the task itself."""
 

@@ -170,7 +170,8 @@ def _name_taken(name: str) -> NameTaken:
 
 def _unknown_dependency(task_id: str) -> UnknownDependency:
     return UnknownDependency(
-        f"after: there is no task or array {task_id!r} (any more): name ones that are kept, or that stand before it in the batch.",
+        f"after: there is no task or array {task_id!r} (any more): name ones that are kept, or that stand before it in the "
+        "batch.",
         task_id=task_id,
     )
 

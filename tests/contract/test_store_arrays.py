@@ -209,7 +209,7 @@ async def test_a_child_of_an_array_is_told_when_its_last_task_is_cancelled(lab: 
     record = await lab.record(child)
     assert record.status is S.FAILED
     assert record.error is not None
-    assert record.error.message == f"{array}, which the task comes after, cancelled"
+    assert record.error.message == f"{array}, which the task comes after, was cancelled"
 
 
 # --- forgetting -------------------------------------------------------------------------------------------------------

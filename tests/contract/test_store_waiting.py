@@ -181,7 +181,7 @@ async def test_an_array_is_not_forgotten_before_its_children_are_told(lab: Lab):
     assert await lab.store.array(array) is not None, "who is to tell others was forgotten"
     assert (await lab.store.due())[0].told == 100
     failed = (await lab.store.tasks("red", None, 500, None, ""))[1]
-    assert {task.error.message for task in failed if task.error} == {f"{array}, which the task comes after, cancelled"}
+    assert {task.error.message for task in failed if task.error} == {f"{array}, which the task comes after, was cancelled"}
     await forget_all(lab)
     assert await lab.store.array(array) is None
 

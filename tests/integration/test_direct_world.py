@@ -487,7 +487,9 @@ async def test_the_same_key_again_while_its_first_run_is_being_ended(world):
     future = submit(world, plus, 1, key="k")
     (first,) = await running(agent)
     await world.client.cancel([future])
-    await eventually(lambda: agent.ended == [first], "Dask has told every client of it: one that joined before would believe it")
+    await eventually(
+        lambda: agent.ended == [first], "Dask has told every client of it: one that joined before would believe it"
+    )
     other = await Client(world.address, asynchronous=True, set_as_default=False)  # the first one knows the key as cancelled
     with rocyard.gpu(memory="16GiB"):
         again = other.submit(plus, 1, key="k")

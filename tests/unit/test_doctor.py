@@ -133,7 +133,11 @@ CASES = [
     pytest.param(store("durability"), Status.OK, "on disk", "", id="durable"),
     pytest.param(store("identity"), Status.SKIP, "it is new", "", id="a new store"),
     pytest.param(
-        store("identity", cluster="a", expected="a", schema=2, schema_min=2), Status.OK, "cluster a, schema 2", "", id="our store"
+        store("identity", cluster="a", expected="a", schema=2, schema_min=2),
+        Status.OK,
+        "cluster a, schema 2",
+        "",
+        id="our store",
     ),
     pytest.param(store("identity", expected="a"), Status.FAIL, "it is empty", "rocyard restore", id="an emptied store"),
     pytest.param(

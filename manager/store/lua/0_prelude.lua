@@ -275,8 +275,8 @@ local function leads(p, token, role)
 end
 
 local function parent_error(parent, state)
-  return cjson.encode({ type = 'DependencyFailed',
-    message = parent .. ', which the task comes after, ' .. (ENDED_AS[state] or state) })
+  local ended = state == 'CANCELLED' and 'was cancelled' or ENDED_AS[state] or state
+  return cjson.encode({ type = 'DependencyFailed', message = parent .. ', which the task comes after, ' .. ended })
 end
 
 -- How a task or an array has ended; nil while it has not, and where there is none. An array is as good as its worst task.
