@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from manager.core.answers import DecisionNote
+from manager.core.answers_autoscaler import DecisionNote
 from manager.store import Store
 
 KEPT: Final = 5000

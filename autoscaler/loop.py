@@ -32,7 +32,7 @@ from autoscaler.policy import (
     decide,
 )
 from autoscaler.providers.interface import Listing, Provider, ProviderRefused, ProviderUnavailable
-from manager.core.answers import DecisionNote, ScalingAction, ScalingGroup
+from manager.core.answers_autoscaler import DecisionNote, ScalingAction, ScalingGroup
 from manager.core.errors import StoreUnavailable
 from manager.core.lifecycle import Cordon
 from manager.core.model import ClusterState

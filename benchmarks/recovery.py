@@ -36,7 +36,8 @@ import psutil
 
 from manager.cli.own_cluster import OwnCluster, own_cluster
 from manager.client import Client, Task, task_request
-from manager.core.answers import TaskView, WorkerState
+from manager.core.answers_nodes import WorkerState
+from manager.core.answers_tasks import TaskView
 from manager.core.errors import RocyardError
 from manager.core.ids import new_id
 from manager.core.lifecycle import SlotStatus, TaskStatus

@@ -18,7 +18,17 @@ from manager.client_address import GIVEN, ClusterAddress, checked_url
 from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, WaitTimeout
 from manager.client_tasks import Array, Task, TaskLike, TaskOptions, task_request
 from manager.client_wire import Wire, segment
-from manager.core import answers, answers_tasks
+from manager.core import (
+    answers_arrays,
+    answers_autoscaler,
+    answers_cluster,
+    answers_functions,
+    answers_join,
+    answers_nodes,
+    answers_slots,
+    answers_tasks,
+    answers_tenants,
+)
 from manager.core import requests as rest
 from manager.core.errors import BadRequest, RocyardError, StoreUnavailable
 from manager.core.explain import Explanation
@@ -112,8 +122,8 @@ class Client:
         accepted = self._submit(request, idempotency_key)
         return Array(self, accepted.task_id, accepted.count)
 
-    def _submit(self, request: rest.TaskRequest, key: str | None) -> answers.Accepted:
-        return self._wire.submit("/v1/tasks", msgspec.json.encode(request), answers.Accepted, key or new_id())
+    def _submit(self, request: rest.TaskRequest, key: str | None) -> answers_tasks.Accepted:
+        return self._wire.submit("/v1/tasks", msgspec.json.encode(request), answers_tasks.Accepted, key or new_id())
 
     def submit_many(self, requests: Iterable[rest.TaskRequest]) -> list[Task]:
         """Submit tasks in as few batches as their number and size allow. Each batch is accepted whole or not at all.
@@ -126,14 +136,14 @@ class Client:
         tasks: list[Task] = []
         for body in _batches(requests, tasks):
             try:
-                accepted = self._wire.submit("/v1/tasks/batch", body, answers.BatchAccepted, new_id())
+                accepted = self._wire.submit("/v1/tasks/batch", body, answers_tasks.BatchAccepted, new_id())
             except RocyardError as error:
                 error.details["accepted"] = [task.task_id for task in tasks]
                 raise
             tasks += [Task(self, one.task_id) for one in accepted.tasks]
         return tasks
 
-    def get(self, task: TaskLike, *, with_args: bool = False, tenant: str | None = None) -> answers.TaskView:
+    def get(self, task: TaskLike, *, with_args: bool = False, tenant: str | None = None) -> answers_tasks.TaskView:
         """The task as it stands now, with its result where it has one.
 
         Args:
@@ -142,9 +152,9 @@ class Client:
             tenant: whose it is, where it is another one's; for admins. So for the calls below.
         """
         query = {"args": "true"} if with_args else {}
-        return self._wire.get(_path(task), answers.TaskView, query | _of(tenant))
+        return self._wire.get(_path(task), answers_tasks.TaskView, query | _of(tenant))
 
-    def wait(self, task: TaskLike, timeout_s: float | None = None, *, tenant: str | None = None) -> answers.TaskView:
+    def wait(self, task: TaskLike, timeout_s: float | None = None, *, tenant: str | None = None) -> answers_tasks.TaskView:
         """The task once it has ended, well or badly. Goes on over restarts of the API.
 
         Raises:
@@ -155,7 +165,7 @@ class Client:
             left_s = max(end_s - time.monotonic(), 0.0)
             step_s = min(WAIT_STEP_S, left_s)
             query = {"wait": f"{step_s:.3f}"} | _of(tenant)
-            view = self._wire.get(_path(task), answers.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
+            view = self._wire.get(_path(task), answers_tasks.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
             if view.status in FINAL:
                 return view
             if time.monotonic() >= end_s:
@@ -170,7 +180,7 @@ class Client:
         """
         return self.result_of(self.wait(task, timeout_s))
 
-    def result_of(self, view: answers.TaskView, *, tenant: str | None = None) -> Any:
+    def result_of(self, view: answers_tasks.TaskView, *, tenant: str | None = None) -> Any:
         """The result of a task that has ended, read from its file where it is large.
 
         Raises:
@@ -196,22 +206,22 @@ class Client:
         """
         return self._wire.stream(f"{_path(task)}/result", _of(tenant))
 
-    def cancel(self, task: TaskLike, *, tenant: str | None = None) -> answers.Cancelled:
+    def cancel(self, task: TaskLike, *, tenant: str | None = None) -> answers_tasks.Cancelled:
         """Ask for the task's end: at once where it waits, within seconds where it runs."""
-        return self._wire.post(f"{_path(task)}/cancel", b"", answers.Cancelled, _of(tenant))
+        return self._wire.post(f"{_path(task)}/cancel", b"", answers_tasks.Cancelled, _of(tenant))
 
-    def logs(self, task: TaskLike, *, tenant: str | None = None) -> answers.TaskLog:
+    def logs(self, task: TaskLike, *, tenant: str | None = None) -> answers_tasks.TaskLog:
         """What the newest attempt has written."""
-        return self._wire.get(f"{_path(task)}/logs", answers.TaskLog, _of(tenant))
+        return self._wire.get(f"{_path(task)}/logs", answers_tasks.TaskLog, _of(tenant))
 
-    def follow(self, task: TaskLike, *, tenant: str | None = None) -> Iterator[answers.TaskLog]:
+    def follow(self, task: TaskLike, *, tenant: str | None = None) -> Iterator[answers_tasks.TaskLog]:
         """What the task writes, piece by piece as it comes, until it has ended. Goes on over restarts of the API.
 
         Where `attempt` is another one than before, a new attempt has begun to write.
         """
         query = {"wait": f"{WAIT_STEP_S:g}"} | _of(tenant)
         while True:
-            piece = self._wire.get(f"{_path(task)}/logs", answers.TaskLog, query, WAIT_STEP_S, WAIT_PATIENCE_S)
+            piece = self._wire.get(f"{_path(task)}/logs", answers_tasks.TaskLog, query, WAIT_STEP_S, WAIT_PATIENCE_S)
             if piece.stdout or piece.stderr or piece.dropped_bytes:
                 yield piece
             if piece.ended:
@@ -235,7 +245,7 @@ class Client:
         array: Array | str | None = None,
         tenant: str | None = None,
         limit: int | None = None,
-    ) -> Iterator[answers.TaskSummary]:
+    ) -> Iterator[answers_tasks.TaskSummary]:
         """Tasks, newest first, page by page as they are asked for.
 
         Args:
@@ -252,7 +262,7 @@ class Client:
         left = limit
         while left is None or left > 0:
             query["limit"] = str(rest.PAGE_MAX if left is None else min(left, rest.PAGE_MAX))
-            page = self._wire.get("/v1/tasks", answers.TaskPage, query)
+            page = self._wire.get("/v1/tasks", answers_tasks.TaskPage, query)
             yield from page.tasks
             if page.next_cursor is None:
                 return
@@ -269,13 +279,13 @@ class Client:
         """
         return Array(self, array_id, self.array_view(array_id).count)
 
-    def array_view(self, array: Array | str, *, tenant: str | None = None) -> answers_tasks.ArrayView:
+    def array_view(self, array: Array | str, *, tenant: str | None = None) -> answers_arrays.ArrayView:
         """How many tasks of an array have ended how."""
-        return self._wire.get(_array_path(array), answers_tasks.ArrayView, _of(tenant))
+        return self._wire.get(_array_path(array), answers_arrays.ArrayView, _of(tenant))
 
-    def cancel_array(self, array: Array | str, *, tenant: str | None = None) -> answers_tasks.ArrayCancelled:
+    def cancel_array(self, array: Array | str, *, tenant: str | None = None) -> answers_arrays.ArrayCancelled:
         """Ask for the end of all tasks of an array that have not ended."""
-        return self._wire.post(f"{_array_path(array)}/cancel", b"", answers_tasks.ArrayCancelled, _of(tenant))
+        return self._wire.post(f"{_array_path(array)}/cancel", b"", answers_arrays.ArrayCancelled, _of(tenant))
 
     # --- what would happen --------------------------------------------------------------------------------------
 
@@ -301,23 +311,23 @@ class Client:
 
     # --- the cluster --------------------------------------------------------------------------------------------
 
-    def functions(self) -> tuple[answers.FunctionView, ...]:
+    def functions(self) -> tuple[answers_functions.FunctionView, ...]:
         """What tasks may name."""
-        return self._wire.get("/v1/functions", answers.FunctionList).functions
+        return self._wire.get("/v1/functions", answers_functions.FunctionList).functions
 
-    def workers(self) -> tuple[answers.WorkerView, ...]:
+    def workers(self) -> tuple[answers_nodes.WorkerView, ...]:
         """Nodes with their devices."""
-        return self._wire.get("/v1/workers", answers.WorkerList).workers
+        return self._wire.get("/v1/workers", answers_nodes.WorkerList).workers
 
-    def status(self) -> answers.ClusterView:
+    def status(self) -> answers_cluster.ClusterView:
         """The cluster at this moment."""
-        return self._wire.get("/v1/cluster/status", answers.ClusterView)
+        return self._wire.get("/v1/cluster/status", answers_cluster.ClusterView)
 
-    def autoscaler(self) -> answers.AutoscalerView:
+    def autoscaler(self) -> answers_autoscaler.AutoscalerView:
         """What the autoscaler may do, and what it decided last."""
-        return self._wire.get("/v1/autoscaler", answers.AutoscalerView)
+        return self._wire.get("/v1/autoscaler", answers_autoscaler.AutoscalerView)
 
-    def decisions(self, limit: int | None = None) -> Iterator[answers.DecisionView]:
+    def decisions(self, limit: int | None = None) -> Iterator[answers_autoscaler.DecisionView]:
         """Decisions of the autoscaler, newest first, page by page as they are asked for.
 
         Args:
@@ -327,7 +337,7 @@ class Client:
         left = limit
         while left is None or left > 0:
             query["limit"] = str(rest.PAGE_MAX if left is None else min(left, rest.PAGE_MAX))
-            page = self._wire.get("/v1/autoscaler/decisions", answers.DecisionList, query)
+            page = self._wire.get("/v1/autoscaler/decisions", answers_autoscaler.DecisionList, query)
             yield from page.decisions
             if page.next_cursor is None:
                 return
@@ -336,23 +346,23 @@ class Client:
 
     # --- nodes and slots, for who runs the cluster ---------------------------------------------------------------
 
-    def worker(self, node: str) -> answers.WorkerView:
+    def worker(self, node: str) -> answers_nodes.WorkerView:
         """One node.
 
         Raises:
             NotFound: there is none of that name; its message names near ones.
         """
-        return self._wire.get(_node(node), answers.WorkerView)
+        return self._wire.get(_node(node), answers_nodes.WorkerView)
 
-    def cordon(self, node: str) -> answers.WorkerView:
+    def cordon(self, node: str) -> answers_nodes.WorkerView:
         """Have nothing new placed on a node; what is open there goes on. For admins, as the next three."""
-        return self._wire.post(f"{_node(node)}/cordon", b"", answers.WorkerView)
+        return self._wire.post(f"{_node(node)}/cordon", b"", answers_nodes.WorkerView)
 
-    def uncordon(self, node: str) -> answers.WorkerView:
+    def uncordon(self, node: str) -> answers_nodes.WorkerView:
         """Have a node take on work again."""
-        return self._wire.post(f"{_node(node)}/uncordon", b"", answers.WorkerView)
+        return self._wire.post(f"{_node(node)}/uncordon", b"", answers_nodes.WorkerView)
 
-    def drain(self, node: str, deadline: float | str | None = None, *, remove: bool = False) -> answers.WorkerView:
+    def drain(self, node: str, deadline: float | str | None = None, *, remove: bool = False) -> answers_nodes.WorkerView:
         """Empty a node: nothing new is placed there, and its slots end at their next task boundary. Returns at once.
 
         Args:
@@ -361,12 +371,12 @@ class Client:
             remove: whether its agent ends for good once it is empty.
         """
         body = msgspec.json.encode(rest.DrainRequest(deadline, remove))
-        return self._wire.post(f"{_node(node)}/drain", body, answers.WorkerView)
+        return self._wire.post(f"{_node(node)}/drain", body, answers_nodes.WorkerView)
 
-    def remove_worker(self, node: str, deadline: float | str | None = None) -> answers.WorkerView:
+    def remove_worker(self, node: str, deadline: float | str | None = None) -> answers_nodes.WorkerView:
         """Drain a node and have its agent end for good; it then is in no list any more."""
         query = {} if deadline is None else {"deadline": str(deadline)}
-        return self._wire.delete(_node(node), answers.WorkerView, query)
+        return self._wire.delete(_node(node), answers_nodes.WorkerView, query)
 
     def warm(
         self,
@@ -376,7 +386,7 @@ class Client:
         for_: float | str,
         tenant: str | None = None,
         **needs: Unpack[rest.Needs],
-    ) -> answers.WarmView:
+    ) -> answers_slots.WarmView:
         """Keep slots open although nothing waits for them, so that the next tasks find them started and loaded.
 
         Args:
@@ -388,7 +398,7 @@ class Client:
         """
         resources = rest.ResourceRequest(**needs)
         request = rest.WarmRequest(for_=for_, function=function, resources=resources, slots=slots)
-        return self._wire.post("/v1/slots/warm", msgspec.json.encode(request), answers.WarmView, _of(tenant))
+        return self._wire.post("/v1/slots/warm", msgspec.json.encode(request), answers_slots.WarmView, _of(tenant))
 
     def unload(
         self,
@@ -397,38 +407,38 @@ class Client:
         all: bool = False,  # noqa: A002 -- as the API calls it
         tenant: str | None = None,
         **needs: Unpack[rest.Needs],
-    ) -> answers.Unloaded:
+    ) -> answers_slots.Unloaded:
         """Close idle slots now: those for a function, those of a size, or all of the tenant."""
         request = rest.UnloadRequest(function, rest.ResourceRequest(**needs), all)
-        return self._wire.post("/v1/slots/unload", msgspec.json.encode(request), answers.Unloaded, _of(tenant))
+        return self._wire.post("/v1/slots/unload", msgspec.json.encode(request), answers_slots.Unloaded, _of(tenant))
 
     # --- tenants ------------------------------------------------------------------------------------------------
 
-    def tenants(self) -> tuple[answers.TenantView, ...]:
+    def tenants(self) -> tuple[answers_tenants.TenantView, ...]:
         """What each tenant has at work, and what it may have. For admins."""
-        return self._wire.get("/v1/tenants", answers.TenantList).tenants
+        return self._wire.get("/v1/tenants", answers_tenants.TenantList).tenants
 
     # --- keys ---------------------------------------------------------------------------------------------------
 
-    def create_key(self, tenant: str, scope: rest.KeyScope = rest.KeyScope.USER) -> answers.KeyCreated:
+    def create_key(self, tenant: str, scope: rest.KeyScope = rest.KeyScope.USER) -> answers_tenants.KeyCreated:
         """Make an API key; its text is in the answer and nowhere else. For admins."""
         body = msgspec.json.encode(rest.KeyRequest(tenant=tenant, scope=scope))
-        return self._wire.post("/v1/keys", body, answers.KeyCreated)
+        return self._wire.post("/v1/keys", body, answers_tenants.KeyCreated)
 
-    def keys(self) -> tuple[answers.KeyView, ...]:
+    def keys(self) -> tuple[answers_tenants.KeyView, ...]:
         """All API keys, without their secrets. For admins."""
-        return self._wire.get("/v1/keys", answers.KeyList).keys
+        return self._wire.get("/v1/keys", answers_tenants.KeyList).keys
 
-    def revoke_key(self, key_id: str) -> answers.KeyView:
+    def revoke_key(self, key_id: str) -> answers_tenants.KeyView:
         """End a key. For admins."""
-        return self._wire.delete(f"/v1/keys/{segment(key_id)}", answers.KeyView)
+        return self._wire.delete(f"/v1/keys/{segment(key_id)}", answers_tenants.KeyView)
 
-    def join(self) -> answers.JoinView:
+    def join(self) -> answers_join.JoinView:
         """What a node agent on another machine needs, the store's passwords among it. For admins."""
-        return self._wire.get("/v1/join", answers.JoinView)
+        return self._wire.get("/v1/join", answers_join.JoinView)
 
 
-def result_of(view: answers.TaskView) -> Any:
+def result_of(view: answers_tasks.TaskView) -> Any:
     """The result of a task that has ended, where it is in the view; see `Client.result_of`.
 
     Raises:

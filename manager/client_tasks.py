@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Unpack, overload
 import msgspec
 
 from manager.client_errors import WaitTimeout
-from manager.core import answers, answers_tasks
+from manager.core import answers_arrays, answers_tasks
 from manager.core import requests as rest
 from manager.core.explain import Explanation
 from manager.core.ids import id_in_array
@@ -53,11 +53,11 @@ class Task:
     def __repr__(self) -> str:
         return f"Task({self.task_id!r})"
 
-    def view(self) -> answers.TaskView:
+    def view(self) -> answers_tasks.TaskView:
         """The task as it stands now."""
         return self._client.get(self.task_id)
 
-    def wait(self, timeout_s: float | None = None) -> answers.TaskView:
+    def wait(self, timeout_s: float | None = None) -> answers_tasks.TaskView:
         """The task once it has ended; see `Client.wait`."""
         return self._client.wait(self.task_id, timeout_s)
 
@@ -65,7 +65,7 @@ class Task:
         """What the function returned; see `Client.result`."""
         return self._client.result(self.task_id, timeout_s)
 
-    def cancel(self) -> answers.Cancelled:
+    def cancel(self) -> answers_tasks.Cancelled:
         """Ask for its end."""
         return self._client.cancel(self.task_id)
 
@@ -74,12 +74,12 @@ class Task:
         return self._client.attempts(self.task_id)
 
     @overload
-    def logs(self, *, follow: Literal[False] = False) -> answers.TaskLog: ...
+    def logs(self, *, follow: Literal[False] = False) -> answers_tasks.TaskLog: ...
 
     @overload
-    def logs(self, *, follow: Literal[True]) -> Iterator[answers.TaskLog]: ...
+    def logs(self, *, follow: Literal[True]) -> Iterator[answers_tasks.TaskLog]: ...
 
-    def logs(self, *, follow: bool = False) -> answers.TaskLog | Iterator[answers.TaskLog]:
+    def logs(self, *, follow: bool = False) -> answers_tasks.TaskLog | Iterator[answers_tasks.TaskLog]:
         """What it has written, or with `follow` what it writes; see `Client.follow`."""
         return self._client.follow(self.task_id) if follow else self._client.logs(self.task_id)
 
@@ -113,11 +113,11 @@ class Array:
     def __iter__(self) -> Iterator[Task]:
         return (self[index] for index in range(self.count))
 
-    def view(self) -> answers_tasks.ArrayView:
+    def view(self) -> answers_arrays.ArrayView:
         """How many of its tasks have ended how."""
         return self._client.array_view(self.array_id)
 
-    def wait(self, timeout_s: float | None = None) -> answers_tasks.ArrayView:
+    def wait(self, timeout_s: float | None = None) -> answers_arrays.ArrayView:
         """The array once all its tasks have ended, well or badly.
 
         Raises:
@@ -144,11 +144,11 @@ class Array:
         self.wait(timeout_s)
         return [task.result() for task in self]
 
-    def tasks(self, *, status: TaskStatus | str | None = None, limit: int | None = None) -> Iterator[answers.TaskSummary]:
+    def tasks(self, *, status: TaskStatus | str | None = None, limit: int | None = None) -> Iterator[answers_tasks.TaskSummary]:
         """Its tasks as they stand, the last one first; only those of a status, where one is given."""
         return self._client.tasks(array=self.array_id, status=status, limit=limit)
 
-    def cancel(self) -> answers_tasks.ArrayCancelled:
+    def cancel(self) -> answers_arrays.ArrayCancelled:
         """Ask for the end of all that have not ended."""
         return self._client.cancel_array(self.array_id)
 

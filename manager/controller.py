@@ -37,8 +37,9 @@ from manager.metrics import LOOP_ERRORS, QUEUE_TASKS, ROUND_DURATION, ROUNDS, SL
 from manager.results import NoResults, ResultStore, open_results
 from manager.settings import Settings
 from manager.store import Store, StoreConnection
+from manager.store.calls import IDS_MAX
 from manager.store.schema import Membership
-from manager.store.store import IDS_MAX, connect
+from manager.store.store import connect
 from manager.tls import Role, dask_address, metrics_context, metrics_url, tls_files
 
 ROUND_PAUSE_S: Final = 0.02

@@ -16,7 +16,7 @@ import msgspec
 from rich.console import Console
 
 from manager.client import Client, Task, task_request
-from manager.core.answers import WorkerView
+from manager.core.answers_nodes import WorkerView
 from manager.core.errors import RocyardError
 from manager.core.quantities import GIB, format_memory
 from manager.demo_scaling import ScalingReport, run_scaling, why_not

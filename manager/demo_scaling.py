@@ -10,7 +10,8 @@ from typing import Final
 import msgspec
 
 from manager.client import Client, Task, task_request
-from manager.core.answers import ScalingGroup, WorkerState, WorkerView
+from manager.core.answers_autoscaler import ScalingGroup
+from manager.core.answers_nodes import WorkerState, WorkerView
 from manager.core.errors import RocyardError
 from manager.core.lifecycle import FINAL, TaskStatus
 

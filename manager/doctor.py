@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from manager.core.answers import Readiness
+from manager.core.answers_cluster import Readiness
 from manager.core.keys import SCHEMA_VERSION
 from manager.core.quantities import GIB, MIB, format_duration, format_memory
 

@@ -13,7 +13,8 @@ from typing import Final
 
 import msgspec
 
-from manager.core.answers import KeyView, utc, utc_or_none
+from manager.core.answers import utc, utc_or_none
+from manager.core.answers_tenants import KeyView
 from manager.core.errors import BadRequest, NotFound, RocyardError
 from manager.core.requests import NAME_PATTERN, KeyScope
 from manager.store import Store

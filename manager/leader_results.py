@@ -18,7 +18,7 @@ from manager.metrics import LOOP_ERRORS, RESULTS_REMOVED
 from manager.results import Leftover, ResultStore
 from manager.results.store import Kind
 from manager.store import Store
-from manager.store.store import Kept
+from manager.store.calls_leader import Kept
 
 SCAN_S: Final = 3600.0
 AGAIN_S: Final = 60.0

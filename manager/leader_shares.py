@@ -13,7 +13,7 @@ from manager.core.model import ClusterState, TenantRow
 from manager.core.shares import accounted
 from manager.settings import Settings, TenantSettings
 from manager.store import Store
-from manager.store.store import Retention
+from manager.store.calls_leader import Retention
 
 WRITE_S: Final = 1.0
 """Virtual times are written so often at most: what was had within this time is forgotten when the leader changes."""

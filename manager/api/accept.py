@@ -28,7 +28,7 @@ from manager.api.submissions import (
     submission_of,
 )
 from manager.api.watch import ClusterWatch
-from manager.core.answers import Accepted, BatchAccepted
+from manager.core.answers_tasks import Accepted, BatchAccepted
 from manager.core.errors import (
     BadRequest,
     DeadlinePassed,
@@ -50,7 +50,7 @@ from manager.core.model import IdempotencyKey, Submission, SubmitReply
 from manager.core.requests import BatchRequest, KeyScope, TaskRequest
 from manager.settings import Settings
 from manager.store import Store
-from manager.store.store import IDS_MAX
+from manager.store.calls import IDS_MAX
 
 IDEMPOTENCY_KEY: Final = Header(
     "Idempotency-Key",

@@ -6,7 +6,7 @@ from manager.api.exchange import Call, Reply
 from manager.api.operations import Operation
 from manager.api.query import parse_query
 from manager.api.tasks import TENANT, tenant_of
-from manager.core.answers_tasks import ArrayCancelled, ArrayView, array_view
+from manager.core.answers_arrays import ArrayCancelled, ArrayView, array_view
 from manager.core.errors import NotFound
 from manager.core.ids import is_array_id
 from manager.core.requests import KeyScope

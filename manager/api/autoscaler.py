@@ -8,7 +8,8 @@ import msgspec
 from manager.api.exchange import Call, Reply
 from manager.api.operations import Operation, Parameter
 from manager.api.query import parse_query, whole_number
-from manager.core.answers import AutoscalerView, DecisionList, DecisionNote, DecisionView, GroupBounds, utc
+from manager.core.answers import utc
+from manager.core.answers_autoscaler import AutoscalerView, DecisionList, DecisionNote, DecisionView, GroupBounds
 from manager.core.errors import BadRequest
 from manager.core.requests import PAGE_MAX, KeyScope
 from manager.settings import Settings

@@ -13,19 +13,11 @@ from manager.api.functions import Functions
 from manager.api.operations import Operation
 from manager.api.query import parse_query
 from manager.api.watch import ClusterWatch
-from manager.core.answers import (
-    ClusterView,
-    FunctionList,
-    FunctionView,
-    KeyCreated,
-    KeyList,
-    KeyView,
-    StoreView,
-    WorkerList,
-    resources_view,
-    utc,
-    utc_or_none,
-)
+from manager.core.answers import resources_view, utc, utc_or_none
+from manager.core.answers_cluster import ClusterView, StoreView
+from manager.core.answers_functions import FunctionList, FunctionView
+from manager.core.answers_nodes import WorkerList
+from manager.core.answers_tenants import KeyCreated, KeyList, KeyView
 from manager.core.errors import BadRequest, NotFound, TooLarge, UnsupportedMediaType
 from manager.core.functions import PublishedFunction
 from manager.core.requests import KeyRequest, KeyScope

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from manager.api.exchange import Disconnected
-from manager.core.answers import view_of
+from manager.core.answers_tasks import view_of
 from manager.core.lifecycle import FINAL, TaskStatus
 from manager.core.model import TaskEvent, TaskRecord, TaskSpec
 from manager.store import Store

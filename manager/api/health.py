@@ -10,7 +10,7 @@ from manager import metrics
 from manager.api.exchange import Call, Reply
 from manager.api.operations import PUBLIC, Operation
 from manager.api.watch import ClusterWatch
-from manager.core.answers import Live, Readiness, StoreView
+from manager.core.answers_cluster import Live, Readiness, StoreView
 from manager.core.errors import StoreNew, StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.store import Store
 

@@ -13,7 +13,7 @@ from manager.api.exchange import Call, Reply
 from manager.api.operations import Operation
 from manager.api.query import parse_query
 from manager.core.addresses import in_url, is_loopback
-from manager.core.answers import JoinDask, JoinLimits, JoinStore, JoinView
+from manager.core.answers_join import JoinDask, JoinLimits, JoinStore, JoinView
 from manager.core.errors import RocyardError
 from manager.core.requests import KeyScope
 from manager.results import shared_url

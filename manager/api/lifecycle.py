@@ -17,7 +17,9 @@ from manager.api.query import parse_query
 from manager.api.submissions import refuse_infeasible, shape_for
 from manager.api.tasks import tenant_of
 from manager.api.watch import ClusterWatch
-from manager.core.answers import Unloaded, WarmView, WorkerView, utc
+from manager.core.answers import utc
+from manager.core.answers_nodes import WorkerView
+from manager.core.answers_slots import Unloaded, WarmView
 from manager.core.errors import (
     BadRequest,
     FunctionNotFound,

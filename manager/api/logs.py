@@ -13,10 +13,10 @@ from typing import Final
 import msgspec
 
 from manager.api.ends import Ends
-from manager.core.answers import TaskLog
+from manager.core.answers_tasks import TaskLog
 from manager.core.errors import BadRequest, StoreUnavailable
 from manager.store import Store
-from manager.store.store import KeptLog
+from manager.store.calls_tasks import KeptLog
 
 LOOK_S: Final = 0.3
 """A follower sees a line this much later than who wrote it, at the most, beside what the agent takes."""

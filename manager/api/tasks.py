@@ -15,8 +15,7 @@ from manager.api.exchange import Call, Reply
 from manager.api.logs import BEGINNING, Cursor, LogFollowers, extent_of, log_since, parse_cursor
 from manager.api.operations import Operation, Parameter
 from manager.api.query import one_of, parse_query, wait_s, whole_number, yes_or_no
-from manager.core.answers import Cancelled, TaskLog, TaskPage, TaskView, summary_of, view_of
-from manager.core.answers_tasks import AttemptList, attempts_of
+from manager.core.answers_tasks import AttemptList, Cancelled, TaskLog, TaskPage, TaskView, attempts_of, summary_of, view_of
 from manager.core.errors import BadRequest, Forbidden, NotFound
 from manager.core.ids import is_array_id, is_id
 from manager.core.lifecycle import FINAL, TaskStatus

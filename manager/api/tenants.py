@@ -6,7 +6,7 @@ from manager.api.exchange import Call, Reply
 from manager.api.operations import Operation
 from manager.api.query import parse_query
 from manager.api.watch import ClusterWatch
-from manager.core.answers import TenantList, TenantView
+from manager.core.answers_tenants import TenantList, TenantView
 from manager.core.model import TenantRow
 from manager.core.requests import KeyScope
 from manager.leader_shares import tenant_settings

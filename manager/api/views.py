@@ -7,19 +7,10 @@ from typing import Final
 import msgspec
 
 from manager.api.watch import Snapshot
-from manager.core.answers import (
-    DependencyState,
-    DeviceView,
-    GroupView,
-    QueueView,
-    ServiceView,
-    SlotView,
-    TaskCounts,
-    WorkerState,
-    WorkerView,
-    resources_view,
-    utc_or_none,
-)
+from manager.core.answers import resources_view, utc_or_none
+from manager.core.answers_cluster import DependencyState, GroupView, ServiceView, TaskCounts
+from manager.core.answers_nodes import DeviceView, WorkerState, WorkerView
+from manager.core.answers_slots import QueueView, SlotView
 from manager.core.devices import Device
 from manager.core.index import DeviceView as LedgerDevice
 from manager.core.lifecycle import Cordon, SlotKind, SlotStatus, TaskStatus

@@ -11,7 +11,8 @@ from typing import Final
 
 import msgspec
 
-from manager.core.answers import DependencyState, DependencyView, LeaderView, utc
+from manager.core.answers import utc
+from manager.core.answers_cluster import DependencyState, DependencyView, LeaderView
 from manager.core.index import Index, index_of
 from manager.core.model import ClusterState, NodeInfo, NodeRow
 from manager.core.node_kinds import Capacity

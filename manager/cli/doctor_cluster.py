@@ -16,7 +16,7 @@ import msgspec
 from manager import doctor
 from manager.cli.doctor_machine import clock_synchronised
 from manager.core.addresses import dialled, in_url, is_loopback
-from manager.core.answers import Readiness
+from manager.core.answers_cluster import Readiness
 from manager.core.errors import RocyardError, SettingsError
 from manager.doctor import Check, StoreFacts
 from manager.durability import info_lines

@@ -12,7 +12,7 @@ from manager.core.addresses import in_url, is_loopback, is_wildcard
 from manager.core.errors import StartError
 
 if TYPE_CHECKING:
-    from manager.core.answers import JoinView
+    from manager.core.answers_join import JoinView
     from manager.settings import Settings
 
 

@@ -21,7 +21,7 @@ import manager
 from manager.client import Client
 from manager.client_address import ClusterAddress, find_cluster
 from manager.client_errors import ClusterUnreachable
-from manager.core.answers import WorkerState
+from manager.core.answers_nodes import WorkerState
 from manager.core.errors import RocyardError, SettingsError, StartError
 
 START_S: Final = 90.0

@@ -7,7 +7,8 @@ from rich.text import Text
 
 from manager.cli.screens_tasks import BAR_COLUMNS, fields, plain_table
 from manager.cli.text import NONE, bar, clock, count, one_line, span
-from manager.core.answers_tasks import CANCELLED, SUCCEEDED, ArrayCancelled, ArrayView, AttemptView
+from manager.core.answers_arrays import ArrayCancelled, ArrayView
+from manager.core.answers_tasks import CANCELLED, SUCCEEDED, AttemptView
 
 
 def attempt_table(attempts: Sequence[AttemptView]) -> RenderableType:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from manager.cli.screens_tasks import plain_table
 from manager.cli.text import NONE, ago, one_line, plain
-from manager.core.answers import DecisionView, ScalingGroup
+from manager.core.answers_autoscaler import DecisionView, ScalingGroup
 
 NAMES_SHOWN_MAX: Final = 4
 _STYLES: Final = {"add": "green", "remove": "yellow", "drain": "yellow", "uncordon": "green"}

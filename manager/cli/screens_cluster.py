@@ -9,18 +9,10 @@ from rich.text import Text
 
 from manager.cli.screens_tasks import STYLES, needs, plain_table
 from manager.cli.text import NONE, ago, bar, clock, count, one_line, plain, seconds
-from manager.core.answers import (
-    ClusterView,
-    DependencyState,
-    DependencyView,
-    DeviceView,
-    GroupView,
-    KeyView,
-    QueueView,
-    TaskCounts,
-    WorkerState,
-    WorkerView,
-)
+from manager.core.answers_cluster import ClusterView, DependencyState, DependencyView, GroupView, TaskCounts
+from manager.core.answers_nodes import DeviceView, WorkerState, WorkerView
+from manager.core.answers_slots import QueueView
+from manager.core.answers_tenants import KeyView
 from manager.core.lifecycle import Cordon, SlotKind, TaskStatus
 from manager.core.quantities import format_memory
 

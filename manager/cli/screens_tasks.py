@@ -14,7 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from manager.cli.text import NONE, ago, arguments_of, bar, clock, count, memory, one_line, plain, span
-from manager.core.answers import Cancelled, FunctionView, QueueView, TaskSummary, TaskView, resources_in
+from manager.core.answers import resources_in
+from manager.core.answers_functions import FunctionView
+from manager.core.answers_slots import QueueView
+from manager.core.answers_tasks import Cancelled, TaskSummary, TaskView
 from manager.core.lifecycle import AfterFailed, TaskStatus
 from manager.core.model import TaskError
 from manager.core.quantities import format_duration, format_memory

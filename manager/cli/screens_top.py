@@ -14,7 +14,9 @@ from rich.text import Text
 from manager.cli.screens_cluster import STATES, first_of_pools, short_model, tasks_line
 from manager.cli.screens_tasks import needs
 from manager.cli.text import bar, count, one_line, plain, seconds
-from manager.core.answers import ClusterView, DependencyState, DeviceView, QueueView, TaskCounts, WorkerView
+from manager.core.answers_cluster import ClusterView, DependencyState, TaskCounts
+from manager.core.answers_nodes import DeviceView, WorkerView
+from manager.core.answers_slots import QueueView
 from manager.core.quantities import GIB, format_memory
 
 RATE_WINDOW_S: Final = 10.0

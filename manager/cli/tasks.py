@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import datetime as dt
 
     from manager.client import Array, Client, Task, TaskOptions
-    from manager.core.answers import TaskLog
-    from manager.core.answers_tasks import ArrayView
+    from manager.core.answers_arrays import ArrayView
+    from manager.core.answers_tasks import TaskLog
 
 LISTED: Final = 20
 """Tasks that `rocyard tasks` shows: a screenful."""
@@ -382,8 +382,8 @@ def cancel(session: Session, *, tasks: tuple[str, ...], tenant: str | None) -> i
     from manager.cli.screens_attempts import array_cancelled_line
     from manager.cli.screens_tasks import cancelled_line
     from manager.client import Task
-    from manager.core.answers import Cancelled
-    from manager.core.answers_tasks import ArrayCancelled
+    from manager.core.answers_arrays import ArrayCancelled
+    from manager.core.answers_tasks import Cancelled
 
     worst = Exit.OK
     answers: list[Cancelled | ArrayCancelled] = []

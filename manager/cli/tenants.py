@@ -9,7 +9,7 @@ from manager.cli.session import Session, command
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from manager.core.answers import TenantView
+    from manager.core.answers_tenants import TenantView
 
 
 @command("tenants", client=True)

@@ -11,7 +11,8 @@ from manager.cli.session import Session, command
 
 if TYPE_CHECKING:
     from manager.client import Client
-    from manager.core.answers import Unloaded, WarmView, WorkerView
+    from manager.core.answers_nodes import WorkerView
+    from manager.core.answers_slots import Unloaded, WarmView
 
 POLL_S: Final = 0.5
 
@@ -65,7 +66,7 @@ def _wait_until_empty(client: "Client", node: str, view: "WorkerView | None", *,
     Raises:
         RocyardError: somebody has lifted the drain, or the node is lost.
     """
-    from manager.core.answers import WorkerState
+    from manager.core.answers_nodes import WorkerState
     from manager.core.errors import NotFound, RocyardError
 
     while view is not None:

@@ -1,13 +1,162 @@
-"""What the REST API gives of a task beside the task itself: its attempts, and the array that it is one of. See `answers`."""
+"""What the REST API gives of a task: the task itself, its log and its attempts. See `answers`."""
+
+from typing import Annotated
 
 import msgspec
 
-from manager.core.answers import TaskId, Time, utc, utc_or_none
-from manager.core.lifecycle import FINAL, TaskStatus
-from manager.core.model import ArrayRow, Attempt, TaskRecord
+from manager.core.answers import AnyJson, ResourcesView, TaskId, Time, no_result, resources_view, utc, utc_or_none
+from manager.core.lifecycle import FINAL, AfterFailed, TaskStatus
+from manager.core.model import Attempt, TaskError, TaskRecord
 
 SUCCEEDED = "Succeeded"
 CANCELLED = "Cancelled"
+
+
+class Accepted(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A task, or an array of tasks, that is on disk.
+
+    Attributes:
+        task_id: of an array its own id, see GET /v1/arrays/{array_id}.
+        status: as it is now; null where it was accepted earlier and is not kept any more.
+        count: of an array, how many tasks it has.
+        replayed: this was accepted by an earlier request, of which the present one is the same again.
+    """
+
+    task_id: TaskId
+    status: Annotated[TaskStatus | None, msgspec.Meta(examples=["QUEUED"])]
+    count: int = 0
+    replayed: bool = False
+
+
+class BatchAccepted(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tasks that are on disk, in the order of the request.
+
+    Attributes:
+        replayed: as of each of its tasks.
+    """
+
+    tasks: tuple[Accepted, ...]
+    replayed: bool = False
+
+
+class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A task in a list.
+
+    Attributes:
+        attempt: how often it was claimed by a slot; 0 before the first time.
+        failures: of its function; these count against `max_attempts`.
+        crashes: of its executor that it alone can have caused.
+        losses: of executor, agent or node, which it is not to blame for.
+        node: where it runs or ran last.
+        progress: 0 to 1, as it said last; null where it has said nothing, and once it has succeeded.
+        array_id, index: the array that it belongs to, and its place there.
+    """
+
+    task_id: TaskId
+    status: TaskStatus
+    tenant: str
+    function: str
+    attempt: int = 0
+    failures: int = 0
+    crashes: int = 0
+    losses: int = 0
+    node: str | None = None
+    created_at: Time
+    queued_at: Time | None = None
+    started_at: Time | None = None
+    finished_at: Time | None = None
+    error: TaskError | None = None
+    progress: float | None = None
+    array_id: str | None = None
+    index: int | None = None
+
+
+class ResultFileView(msgspec.Struct, frozen=True):
+    """A result that lies in a file.
+
+    Attributes:
+        sha256: of its bytes, in hex.
+    """
+
+    bytes: int
+    sha256: str
+
+
+class TaskView(TaskSummary, frozen=True, kw_only=True):
+    """A task.
+
+    Attributes:
+        memory_bytes: on each device, as asked for.
+        resources: all that was asked for.
+        name: the tenant's own for it; null where it has none.
+        retry_on: errors that are worth another attempt; empty: all are.
+        start_timeout_s, total_timeout_s, deadline_at: as asked for; null where there is no such limit.
+        after: what it comes after.
+        after_failed: what becomes of it when one of these does not succeed.
+        waits: how many of these have not ended.
+        progress_message: what it said beside its progress.
+        checkpoint: what its attempts have reported last, for the next one; empty once it has succeeded.
+        more_memory: it ran out of device memory once, and was given more room than it asked for.
+        args: only where ``?args=true`` asks for them.
+        result: what the function returned, once it has; null until then, and where it is in a file.
+        result_file: of a result that is too large for the record: GET /v1/tasks/{task_id}/result has it.
+    """
+
+    memory_bytes: int
+    gpus: int
+    resources: ResourcesView | None = None
+    priority: int
+    max_attempts: int
+    time_limit_s: float
+    name: str | None = None
+    retry_on: tuple[str, ...] = ()
+    start_timeout_s: float | None = None
+    total_timeout_s: float | None = None
+    deadline_at: Time | None = None
+    after: tuple[str, ...] = ()
+    after_failed: AfterFailed = AfterFailed.FAIL
+    waits: int = 0
+    progress_message: str = ""
+    checkpoint: str = ""
+    more_memory: bool = False
+    cancel_requested: bool = False
+    args: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    result: AnyJson = msgspec.field(default_factory=no_result)
+    result_file: ResultFileView | None = None
+
+
+class TaskPage(msgspec.Struct, frozen=True):
+    """Tasks, newest first. A page may be short and not the last: go on while there is a `next_cursor`."""
+
+    tasks: tuple[TaskSummary, ...]
+    next_cursor: str | None = None
+
+
+class TaskLog(msgspec.Struct, frozen=True):
+    """What the newest attempt that wrote something has written; with a cursor, what is new since then.
+
+    Attributes:
+        dropped_bytes: how much of it was not kept, see the setting ``tasks.log_bytes_max``: it came before what is here.
+        attempt: which one wrote it; 0 where none has.
+        cursor: where to go on.
+        ended: the task has ended, and there is nothing to come.
+    """
+
+    task_id: TaskId
+    stdout: str
+    stderr: str
+    dropped_bytes: int = 0
+    attempt: int = 0
+    cursor: str = ""
+    ended: bool = False
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """What a cancellation did: a task that runs stays RUNNING until its executor has been ended."""
+
+    task_id: TaskId
+    status: TaskStatus
+    cancel_requested: bool
 
 
 class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,42 +188,58 @@ class AttemptList(msgspec.Struct, frozen=True):
     attempts: tuple[AttemptView, ...]
 
 
-class ArrayView(msgspec.Struct, frozen=True, kw_only=True):
-    """An array of tasks: how many of them have ended how.
-
-    Attributes:
-        name: the tenant's own for it; null where it has none.
-        index_as: the argument in which each task finds its index; null: it is in none.
-        count: how many tasks it has.
-        made: how many of these have a record yet; the others follow by themselves.
-        unfinished: how many have not ended.
-    """
-
-    array_id: str
-    tenant: str
-    function: str
-    name: str | None = None
-    index_as: str | None = None
-    count: int
-    made: int
-    succeeded: int
-    failed: int
-    cancelled: int
-    unfinished: int
-    created_at: Time
+def summary_of(record: TaskRecord) -> TaskSummary:
+    """The record as a list shows it."""
+    return TaskSummary(
+        task_id=record.task_id,
+        status=record.status,
+        tenant=record.tenant,
+        function=record.function,
+        attempt=record.attempt,
+        failures=record.failures,
+        crashes=record.crashes,
+        losses=record.losses,
+        node=record.node or None,
+        created_at=utc(record.created_ms),
+        queued_at=utc_or_none(record.queued_ms),
+        started_at=utc_or_none(record.started_ms),
+        finished_at=utc_or_none(record.finished_ms),
+        error=record.error,
+        progress=None if record.status is TaskStatus.SUCCEEDED else record.progress,
+        array_id=record.array_id or None,
+        index=record.index,
+    )
 
 
-class ArrayCancelled(msgspec.Struct, frozen=True):
-    """What the cancellation of an array did.
-
-    Attributes:
-        cancelled: tasks that have ended by it at once.
-        ending: tasks that run, and are being ended.
-    """
-
-    array_id: str
-    cancelled: int
-    ending: int
+def view_of(record: TaskRecord, *, with_args: bool = False) -> TaskView:
+    """The record as one task is shown. It must have its `spec`."""
+    spec = record.spec
+    assert spec is not None
+    succeeded = record.status is TaskStatus.SUCCEEDED  # then a result is what it has to say
+    return TaskView(
+        **msgspec.structs.asdict(summary_of(record)),
+        memory_bytes=spec.resources.memory_bytes,
+        gpus=spec.resources.gpus,
+        resources=resources_view(spec.resources),
+        priority=spec.priority,
+        max_attempts=spec.max_attempts,
+        time_limit_s=spec.time_limit_s,
+        name=None if record.array_id else spec.name or None,  # of an array it is the array's
+        retry_on=spec.retry_on,
+        start_timeout_s=spec.start_timeout_s or None,
+        total_timeout_s=spec.total_timeout_s or None,
+        deadline_at=utc(spec.deadline_ms) if spec.deadline_ms else None,
+        after=spec.after,
+        after_failed=spec.after_failed,
+        waits=record.waits if record.status is TaskStatus.BLOCKED else 0,
+        progress_message="" if succeeded else record.progress_message,
+        checkpoint="" if succeeded else record.checkpoint,
+        more_memory=record.more_memory,
+        cancel_requested=record.cancel_requested,
+        args=spec.args if with_args else msgspec.UNSET,
+        result=msgspec.Raw(b"null" if record.result is None else record.result),
+        result_file=None if record.result_file is None else ResultFileView(record.result_file.bytes, record.result_file.sha256),
+    )
 
 
 def attempts_of(record: TaskRecord, earlier: list[tuple[int, Attempt]]) -> AttemptList:
@@ -115,23 +280,4 @@ def _newest(record: TaskRecord) -> AttemptView:
         ended_at=utc_or_none(record.finished_ms),
         why=why,
         message=record.error.message if why and record.error is not None else "",
-    )
-
-
-def array_view(row: ArrayRow) -> ArrayView:
-    """The array as it is shown."""
-    spec = row.spec
-    return ArrayView(
-        array_id=row.array_id,
-        tenant=row.tenant,
-        function=row.function,
-        name=spec.name or None if spec is not None else None,
-        index_as=spec.index_as or None if spec is not None else None,
-        count=row.count,
-        made=row.made,
-        succeeded=row.succeeded,
-        failed=row.failed,
-        cancelled=row.cancelled,
-        unfinished=row.count - row.succeeded - row.failed - row.cancelled,
-        created_at=utc(row.created_ms),
     )

@@ -21,6 +21,8 @@ NODES_SHOWN_MAX: Final = 200
 """Verdicts in one explanation: those of the nearest misses; a person reads no more. Groups of them count all."""
 PARENTS_NAMED_MAX: Final = 5
 """Tasks that are named in one sentence; `unblocks` has all of them."""
+RETRY_PAUSE_S_MAX: Final = 300
+"""The longest pause of a task by itself, as manager/store/lua/1_tasks.lua has it."""
 
 
 class Parent(msgspec.Struct, frozen=True):
@@ -219,7 +221,9 @@ def _retry(record: TaskRecord, due_ms: int | None, now_ms: int) -> Answer:
         return Answer(Why.RETRY_WAIT, f"{head} It is queued again after a pause.")
     left_s = max(0, due_ms - now_ms) / 1000
     unblock = Unblock("its pause before the next attempt is over", left_s)
-    return Answer(Why.RETRY_WAIT, f"{head} It is queued again in {format_duration(left_s)}.", (unblock,))
+    # No pause of its own is so long: the budget of its tenant is what puts it off.
+    budget = " (by tenant.retries_per_minute_max: its tenant has retried too often)" if left_s > RETRY_PAUSE_S_MAX else ""
+    return Answer(Why.RETRY_WAIT, f"{head} It is queued again in {format_duration(left_s)}{budget}.", (unblock,))
 
 
 def _blocked(record: TaskRecord, parents: Sequence[Parent]) -> Answer:

@@ -1,7 +1,7 @@
 """What the REST API takes, as values. The API and the Python client both use these, so they cannot differ.
 
 Owns the names of JSON fields. Memory is integer bytes (``*_bytes``), times are ISO-8601 in UTC (``*_at``), durations are
-seconds (``*_s``). Unknown fields are refused. What the API gives is `manager.core.answers`.
+seconds (``*_s``). Unknown fields are refused. What the API gives is `manager.core.answers` and the modules of its subjects.
 """
 
 import datetime as dt

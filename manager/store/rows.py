@@ -65,6 +65,11 @@ def _text(value: bytes | None) -> str:
     return value.decode() if value else ""
 
 
+def status(text: bytes) -> TaskStatus | None:
+    """A status where one is said; empty: there is no such task."""
+    return TaskStatus(text.decode()) if text else None
+
+
 def task(task_id: str, row: list[Any]) -> TaskRecord | None:
     """The record of one task from its fields in the order of `TASK_FIELDS`; None where there is none."""
     if row[0] is None:

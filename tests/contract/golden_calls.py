@@ -22,8 +22,8 @@ from manager.core.mix import Mix
 from manager.core.model import IdempotencyKey, MemoryNote, ProgressNote, Submission, TenantRow
 from manager.core.quantities import GIB
 from manager.store import Store, StoreConnection
+from manager.store.calls_leader import Retention
 from manager.store.schema import LIBRARY_VERSION, own_library
-from manager.store.store import Retention
 from tests.contract.store_harness import RED, RED_SHAPE, Lab, StoreServer, connected, end, granted, submission
 
 FOLDER: Final = Path(__file__).with_name("golden")

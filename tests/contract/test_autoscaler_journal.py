@@ -3,7 +3,7 @@
 import msgspec
 
 from autoscaler.journal import REPEAT_S, Journal
-from manager.core.answers import DecisionNote, ScalingAction, ScalingGroup
+from manager.core.answers_autoscaler import DecisionNote, ScalingAction, ScalingGroup
 from manager.leader import Leadership
 from manager.metrics import LEADER
 from tests.contract.store_harness import Lab

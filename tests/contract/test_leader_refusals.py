@@ -7,7 +7,7 @@ from manager.core.lifecycle import Outcome, TaskStatus
 from manager.leader_refusals import LeaderRefusals
 from manager.leader_shares import LeaderShares, retention_of
 from manager.settings import AutoscalerSettings, GroupSettings, NodeSettings, Settings, TaskSettings, TenantSettings
-from manager.store.store import Retention
+from manager.store.calls_leader import Retention
 from tests.contract.store_harness import Agent, Lab, check_invariants, end, submission
 
 NODE = NodeSettings(reserve_bytes=0)

@@ -11,7 +11,7 @@ import pytest
 from manager.core.ids import array_id, id_in_array, new_id
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import ArrayRow, Submission
-from manager.store.store import DueReply, Retention, Swept
+from manager.store.calls_leader import DueReply, Retention, Swept
 from tests.contract.store_harness import Lab, check_invariants, dump, end, submission
 from tests.contract.test_store_submission import forget_all
 from tests.contract.test_store_tasks import connected_clients

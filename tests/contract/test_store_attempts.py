@@ -10,7 +10,7 @@ import pytest
 from manager.core.lifecycle import CRASHES_MAX, LOSSES_MAX, Cordon, Outcome, SlotFlag, TaskStatus
 from manager.core.model import Claim, End, ProgressNote, TenantRow
 from manager.core.shapes import encode_shape
-from manager.store.store import DueReply
+from manager.store.calls_leader import DueReply
 from tests.contract.store_harness import RED, TRIES_MAX, Agent, Lab, check_invariants, dump, end, submission
 
 S = TaskStatus
@@ -186,6 +186,15 @@ async def test_a_budget_of_retries_is_its_tenants_and_fills_up_again(lab: Lab):
     await lab.raw("HSET", lab.store.keys.tenant("red"), "retry_dry", dry - 120_000)  # two minutes later
     later = (await fail_all(lab, 1))[0]
     assert later == pytest.approx(0, abs=1), "a budget never fills up again"
+
+
+async def test_retries_that_are_cancelled_leave_the_budget_to_others(lab: Lab):
+    await lab.lead()
+    assert await lab.store.share(lab.token, [TenantRow(tenant="red", retries_per_minute_max=60)], [])
+    assert (await fail_all(lab, 300))[-1] == pytest.approx(240, abs=5)
+    for task in (await dump(lab.store)).zset("due"):
+        await lab.store.cancel(task, "red")
+    assert (await fail_all(lab, 1))[0] == pytest.approx(0, abs=1), "retries that never began used the budget up"
 
 
 async def test_a_retry_that_waits_for_longer_by_itself_is_not_hurried(lab: Lab):

@@ -10,7 +10,7 @@ from manager.core.mix import NO_MIX, mix_of
 from manager.core.model import TenantRow
 from manager.core.quantities import GIB
 from manager.core.shapes import Resources
-from manager.store.store import Swept
+from manager.store.calls_leader import Swept
 from tests.contract.store_harness import RED, Lab, check_invariants, dump, end, granted, submission
 
 

@@ -1052,6 +1052,11 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "(said[2] and tonumber(said[2]) + 1e6 or now) + MINUTE_MS / most",
         attempts.test_a_budget_of_retries_is_its_tenants_and_fills_up_again,
     ),
+    "a cancelled retry has used the budget": (
+        "  if redis.call('ZREM', p .. 'due', id) == 1 then spare_retry(p, task.tenant, now) end\n",
+        "  redis.call('ZREM', p .. 'due', id)\n",
+        attempts.test_retries_that_are_cancelled_leave_the_budget_to_others,
+    ),
     "a budget of retries hurries": (
         "  return math.max(pause, math.floor(dry - now - MINUTE_MS))\n",
         "  return math.max(0, math.floor(dry - now - MINUTE_MS))\n",

@@ -17,7 +17,7 @@ from manager.core.model import Claim, TenantRow, priority_of
 from manager.core.quantities import GIB
 from manager.leader_shares import LeaderShares
 from manager.settings import Settings, TenantSettings
-from manager.store.store import IDS_MAX
+from manager.store.calls import IDS_MAX
 from tests.contract.store_harness import RED, Agent, Lab, StoreServer, Violation, check_invariants, connected, end, granted
 
 SEEDS = 12

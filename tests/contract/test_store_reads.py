@@ -6,7 +6,7 @@ import pytest
 
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import BeatReply
-from manager.store.store import KeptLog
+from manager.store.calls_tasks import KeptLog
 from tests.contract.store_harness import RED, Lab, end, submission
 
 

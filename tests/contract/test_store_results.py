@@ -12,7 +12,8 @@ from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import Claim, ResultFile
 from manager.leader_results import AGE_S, LeaderResults
 from manager.results.folder import FolderResults
-from manager.store.store import IDS_MAX, Kept, Retention, Swept
+from manager.store.calls import IDS_MAX
+from manager.store.calls_leader import Kept, Retention, Swept
 from tests.contract.store_harness import Agent, Lab, check_invariants, end, submission
 
 

@@ -11,7 +11,7 @@ import pytest
 from manager.core.errors import QuotaExceeded
 from manager.core.lifecycle import CRASHES_MAX, LOSSES_MAX, Outcome, TaskStatus
 from manager.core.model import End, Submission, SubmitReply
-from manager.store.store import DueReply
+from manager.store.calls_leader import DueReply
 from tests.contract.store_harness import RED, Lab, check_invariants, dump, end, submission
 
 S = TaskStatus

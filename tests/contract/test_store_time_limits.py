@@ -8,7 +8,7 @@ import pytest
 
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import TaskRecord
-from manager.store.store import DueReply
+from manager.store.calls_leader import DueReply
 from tests.contract.store_harness import Lab, check_invariants, dump, end
 
 S = TaskStatus

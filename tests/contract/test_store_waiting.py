@@ -6,7 +6,7 @@ Each test takes a `Lab`, so that the mutants (test_store_mutants.py) can be run 
 import pytest
 
 from manager.core.lifecycle import AfterFailed, Outcome, TaskStatus
-from manager.store.store import DueReply, Swept
+from manager.store.calls_leader import DueReply, Swept
 from tests.contract.store_harness import Agent, Lab, check_invariants, dump, end, submission
 from tests.contract.test_store_submission import forget_all
 

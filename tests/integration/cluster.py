@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from manager.client import Client, Task
-from manager.core.answers import TaskView
+from manager.core.answers_tasks import TaskView
 from manager.core.lifecycle import FINAL
 from manager.core.model import ClusterState
 from manager.store import Store

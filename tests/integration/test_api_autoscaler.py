@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from manager.core.answers import DecisionNote, ScalingGroup
+from manager.core.answers_autoscaler import DecisionNote, ScalingGroup
 from manager.settings import AutoscalerSettings, GroupSettings, Settings
 from tests.integration.api_world import World, running_store, serving
 

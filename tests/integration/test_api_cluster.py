@@ -9,7 +9,9 @@ import msgspec
 import pytest
 
 import manager.api
-from manager.core.answers import ClusterView, FunctionList, Readiness, WorkerList, WorkerState
+from manager.core.answers_cluster import ClusterView, Readiness
+from manager.core.answers_functions import FunctionList
+from manager.core.answers_nodes import WorkerList, WorkerState
 from manager.core.model import DeviceUse
 from manager.core.requests import KeyScope
 from manager.settings import Settings

@@ -5,8 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
-from manager.core.answers import TaskLog
-from manager.core.answers_tasks import AttemptList
+from manager.core.answers_tasks import AttemptList, TaskLog
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import ProgressNote
 from tests.integration.api_world import NODE, World, running_store, serving, until

@@ -6,7 +6,7 @@ import datetime as dt
 import msgspec
 import pytest
 
-from manager.core.answers import Accepted, TaskPage, TaskView
+from manager.core.answers_tasks import Accepted, TaskPage, TaskView
 from manager.core.ids import is_id
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.settings import Settings, TenantSettings

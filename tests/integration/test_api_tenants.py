@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from manager.core.answers import TenantList, TenantView
+from manager.core.answers_tenants import TenantList, TenantView
 from manager.settings import Settings, TenantSettings
 from tests.integration.api_world import GIB, World, running_store, serving, until_answer
 

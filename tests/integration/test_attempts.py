@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from manager.client import Task
-from manager.core.answers import Accepted, TaskView
+from manager.core.answers_tasks import Accepted, TaskView
 from manager.core.ids import id_in_array
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import Attempt, TaskRecord

@@ -13,7 +13,7 @@ import pytest
 
 from manager import ports
 from manager.client import Task, task_request
-from manager.core.answers import DecisionView
+from manager.core.answers_autoscaler import DecisionView
 from manager.core.errors import RocyardError
 from manager.core.ids import new_id
 from manager.core.lifecycle import Cordon, TaskStatus

@@ -16,7 +16,7 @@ import pytest
 from distributed import Client
 
 from manager.client import Task
-from manager.core.answers import WorkerState, WorkerView
+from manager.core.answers_nodes import WorkerState, WorkerView
 from manager.core.errors import BadRequest, Infeasible, NotFound, QuotaExceeded
 from manager.core.lifecycle import REMOVED_EXIT, Cordon, SlotKind, SlotStatus, TaskStatus
 from manager.core.model import ClusterState, NodeRow, SlotRow

@@ -22,7 +22,7 @@ from distributed.comm import connect as dask_connect
 from manager.certs import make_certificates
 from manager.client import Client
 from manager.client_errors import ClusterUnreachable
-from manager.core.answers import WorkerState
+from manager.core.answers_nodes import WorkerState
 from manager.core.errors import StoreUnavailable
 from manager.core.lifecycle import TaskStatus
 from manager.core.requests import KeyScope

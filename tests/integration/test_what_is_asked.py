@@ -15,7 +15,8 @@ from distributed import Future
 import rocyard
 from manager.cli.exits import Exit
 from manager.client import Task, task_request
-from manager.core.answers import TaskView, resources_in
+from manager.core.answers import resources_in
+from manager.core.answers_tasks import TaskView
 from manager.core.errors import BadRequest, Infeasible
 from manager.core.lifecycle import TaskStatus
 from manager.core.quantities import GIB

@@ -15,7 +15,7 @@ from autoscaler.loop import Autoscaler
 from autoscaler.metrics_source import NoData, Reading, reading_of
 from autoscaler.policy import Decision
 from autoscaler.providers.interface import Instance, Listing, ProviderRefused, ProviderUnavailable
-from manager.core.answers import DecisionNote
+from manager.core.answers_autoscaler import DecisionNote
 from manager.core.devices import Device
 from manager.core.lifecycle import Cordon, SlotStatus
 from manager.core.model import ClusterState, NodeInfo, NodeRow, QueueRow, SlotRow

@@ -115,6 +115,8 @@ class Network:
                 _fail(future)
             return
         if not self.welcome(args):
+            if future is not None:
+                _fail(future)
             return
         reply, said = self.store.run(self.now_ms(), args)
         if args[0] == "FCALL":

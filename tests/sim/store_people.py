@@ -36,8 +36,8 @@ class Person:
         self.rng = rng
         self.store = Store(SimConnection(network))  # type: ignore[arg-type]
 
-    async def again(self, send: Callable[[], Awaitable[Any]], tries: int = 1000) -> Any:
-        """Send it until there is an answer."""
+    async def again(self, send: Callable[[], Awaitable[Any]], tries: int = 200) -> Any:
+        """Send it until there is an answer. A submission that took place, and of which all is forgotten since, gets none."""
         for _ in range(tries):
             try:
                 return await send()
@@ -140,7 +140,9 @@ class Client(Person):
         except (QuotaExceeded, NameTaken, UnknownDependency):
             self._last = None  # the clock has jumped over the day that a key holds
             return
-        if not reply.replayed:
+        if reply is None:
+            self._last = None
+        elif not reply.replayed:
             self._last = None
             self.accepted += [task_id for task_id, _ in reply.tasks]
         elif any(one.spec.name for one in wanted):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from manager.cli.screens_autoscaler import history_screen
-from manager.core.answers import DecisionView, ScalingAction, ScalingGroup
+from manager.core.answers_autoscaler import DecisionView, ScalingAction, ScalingGroup
 from manager.demo_scaling import Sample, ScalingReport
 from manager.demo_scaling_screen import COLUMNS, chart, scaling_view, show_scaling
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from manager.cli import screens_cluster, screens_tasks, text
-from manager.core import answers
+from manager.core import answers, answers_cluster, answers_nodes, answers_slots, answers_tasks
 from manager.core.lifecycle import TaskStatus
 from manager.core.model import TaskError
 from manager.core.quantities import GIB
@@ -33,7 +33,7 @@ def summary(**changes):
         "node": "node-0",
         "created_at": NOW - dt.timedelta(minutes=3),
     }
-    return answers.TaskSummary(**(values | changes))
+    return answers_tasks.TaskSummary(**(values | changes))
 
 
 def view(**changes):
@@ -44,7 +44,7 @@ def view(**changes):
         "max_attempts": 1,
         "time_limit_s": 3600.0,
     }
-    return answers.TaskView(**(values | changes))
+    return answers_tasks.TaskView(**(values | changes))
 
 
 def device(**changes):
@@ -62,13 +62,13 @@ def device(**changes):
         "used_bytes": 20 * GIB,
         "utilisation_ratio": 0.5,
     }
-    return answers.DeviceView(**(values | changes))
+    return answers_nodes.DeviceView(**(values | changes))
 
 
 def worker(*devices, **changes):
     values = {
         "node": "node-0",
-        "state": answers.WorkerState.LIVE,
+        "state": answers_nodes.WorkerState.LIVE,
         "hostname": "h",
         "source": "amd",
         "version": "1",
@@ -76,7 +76,7 @@ def worker(*devices, **changes):
         "tasks_running": 1,
         "devices": devices,
     }
-    return answers.WorkerView(**(values | changes))
+    return answers_nodes.WorkerView(**(values | changes))
 
 
 def cluster(**changes):
@@ -85,9 +85,9 @@ def cluster(**changes):
         "cluster_id": "c",
         "version": "0.1.0",
         "problems": (),
-        "tasks": answers.TaskCounts(queued=1200, running=3),
+        "tasks": answers_cluster.TaskCounts(queued=1200, running=3),
         "queues": (
-            answers.QueueView(
+            answers_slots.QueueView(
                 shape_id="s",
                 tenant="default",
                 memory_bytes=24 * GIB,
@@ -101,11 +101,11 @@ def cluster(**changes):
         ),
         "slots": (),
         "workers": (worker(device(), device(index=1, healthy=False, problem="ring hang")),),
-        "leader": answers.LeaderView("me", 1, True),
-        "store": answers.StoreView(True, "always"),
+        "leader": answers_cluster.LeaderView("me", 1, True),
+        "store": answers_cluster.StoreView(True, "always"),
         "services": (),
     }
-    return answers.ClusterView(**(values | changes))
+    return answers_cluster.ClusterView(**(values | changes))
 
 
 SCREENS = {

@@ -10,7 +10,7 @@ from rich.console import Console
 from manager import doctor
 from manager.cli.doctor import Question, answers, doctor_screen
 from manager.cli.exits import Exit
-from manager.core.answers import Readiness, StoreView
+from manager.core.answers_cluster import Readiness, StoreView
 from manager.core.quantities import GIB, MIB
 from manager.doctor import Check, DeviceFile, DriverLook, Import, Package, Status, StoreFacts, Torch, report_of
 

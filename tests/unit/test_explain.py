@@ -145,6 +145,11 @@ CASES: dict[str, tuple[TaskRecord, tuple[NodeRow, ...], dict[str, Any]]] = {
         (node(),),
         {"pending": Pending(due_ms=NOW_MS + 12_300)},
     ),
+    "RetryWait: its tenant has retried too often": (
+        record(status=TaskStatus.RETRY_WAIT, attempt=1, failures=1, error=TaskError("OSError", "busy")),
+        (node(),),
+        {"pending": Pending(due_ms=NOW_MS + 960_000)},
+    ),
     "WaitingForDependencies": (record(status=TaskStatus.BLOCKED, after=("a" * 26,)), (node(),), {}),
     "WaitingForDependencies: one": (
         record(status=TaskStatus.BLOCKED, after=("a" * 26,), start_timeout_s=600.0, total_timeout_s=3600.0),

@@ -8,7 +8,9 @@ import pytest
 from manager.api import views
 from manager.api.watch import Snapshot
 from manager.cli import screens_cluster
-from manager.core.answers import DependencyState, DependencyView, GroupView, LeaderView, WorkerState, utc
+from manager.core.answers import utc
+from manager.core.answers_cluster import DependencyState, DependencyView, GroupView, LeaderView
+from manager.core.answers_nodes import WorkerState
 from manager.core.closing import Close
 from manager.core.devices import reserve_of
 from manager.core.index import index_of

@@ -13,7 +13,8 @@ from manager.api.body import DEPTH_MAX, batch_request, checked_json, task_reques
 from manager.api.cursors import decode_cursor, encode_cursor
 from manager.api.query import parse_query, wait_s
 from manager.api.submissions import digest_of, parents_of, refuse_infeasible, refuse_late, submission_of
-from manager.core.answers import TaskView, resources_in, summary_of, utc, view_of
+from manager.core.answers import resources_in, utc
+from manager.core.answers_tasks import TaskView, summary_of, view_of
 from manager.core.errors import BadRequest, DeadlinePassed, Infeasible, TooLarge, UnknownDependency
 from manager.core.functions import PublishedFunction
 from manager.core.lifecycle import TaskStatus

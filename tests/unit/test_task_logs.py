@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from manager.api.logs import BEGINNING, Cursor, extent_of, log_since, parse_cursor
 from manager.core.errors import BadRequest
-from manager.store.store import KeptLog
+from manager.store.calls_tasks import KeptLog
 
 
 def kept(attempt: int, written: bytes, keep: int) -> KeptLog:

@@ -1,7 +1,7 @@
 """The screen of tenants: what each has at work beside what it may have."""
 
 from manager.cli.tenants import tenants_screen
-from manager.core.answers import TenantView
+from manager.core.answers_tenants import TenantView
 from manager.core.quantities import GIB
 from tests.unit.test_cli_screens import EVIL, shown
 

@@ -9,7 +9,7 @@ import pytest
 from manager.cli import top
 from manager.cli.screens_top import Look, Rates, Sample, Sort, frame, rates
 from manager.client_errors import ClusterUnreachable
-from manager.core import answers
+from manager.core import answers, answers_cluster, answers_nodes, answers_slots
 from manager.core.quantities import GIB
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
@@ -34,13 +34,13 @@ def device(**changes):
         "temperature_celsius": 60.0,
         "power_watts": 600.0,
     }
-    return answers.DeviceView(**(values | changes))
+    return answers_nodes.DeviceView(**(values | changes))
 
 
 def worker(node="node-0", devices=None, **changes):
     values = {
         "node": node,
-        "state": answers.WorkerState.LIVE,
+        "state": answers_nodes.WorkerState.LIVE,
         "hostname": "h",
         "source": "amd",
         "version": "1",
@@ -48,7 +48,7 @@ def worker(node="node-0", devices=None, **changes):
         "tasks_running": 1,
         "devices": devices if devices is not None else (device(), device(index=1)),
     }
-    return answers.WorkerView(**(values | changes))
+    return answers_nodes.WorkerView(**(values | changes))
 
 
 def queue(name, depth, **changes):
@@ -63,11 +63,11 @@ def queue(name, depth, **changes):
         "oldest_wait_s": 61.0 if depth else None,
         "run_s": 0.004,
     }
-    return answers.QueueView(**(values | changes))
+    return answers_slots.QueueView(**(values | changes))
 
 
 def slot(name, shape, running=1):
-    return answers.SlotView(
+    return answers_slots.SlotView(
         slot_id=name,
         shape_id=shape,
         tenant="default",
@@ -87,15 +87,15 @@ def cluster(**changes):
         "cluster_id": "c",
         "version": "0.1.0",
         "problems": (),
-        "tasks": answers.TaskCounts(queued=1200, running=3),
+        "tasks": answers_cluster.TaskCounts(queued=1200, running=3),
         "queues": (queue("s", 1200), queue("t", 0)),
         "slots": (slot("1", "s"), slot("2", "s"), slot("3", "t", running=0)),
         "workers": (worker(),),
-        "leader": answers.LeaderView("me", 1, True),
-        "store": answers.StoreView(True, "always"),
+        "leader": answers_cluster.LeaderView("me", 1, True),
+        "store": answers_cluster.StoreView(True, "always"),
         "services": (),
     }
-    return answers.ClusterView(**(values | changes))
+    return answers_cluster.ClusterView(**(values | changes))
 
 
 def shown(view, width=80, height=24, look=None, speed=None):
@@ -180,7 +180,7 @@ def test_memory_that_devices_share_is_summed_once_for_each_node():
 
 
 def test_an_unhealthy_device_and_a_lost_node_stand_out():
-    sick = worker(devices=(device(healthy=False, problem="ring hang"),), state=answers.WorkerState.LOST)
+    sick = worker(devices=(device(healthy=False, problem="ring hang"),), state=answers_nodes.WorkerState.LOST)
     text = "\n".join(shown(cluster(workers=(sick,))))
     assert "node-0  lost" in text
     assert "unhealthy: ring hang" in text
@@ -218,7 +218,7 @@ def test_what_is_wrong_comes_first_and_loss_of_the_api_is_said():
 
 
 def test_a_pause_and_a_missing_leader_are_said():
-    lines = shown(cluster(leader=answers.LeaderView("", 1, False)), look=Look(paused=True, keys=True))
+    lines = shown(cluster(leader=answers_cluster.LeaderView("", 1, False)), look=Look(paused=True, keys=True))
     assert "no leader" in lines[0]
     assert "PAUSED" in lines[0]
 
@@ -237,17 +237,17 @@ def test_words_of_users_are_shown_and_do_nothing():
 
 def test_groups_that_grow_and_shrink_are_shown():
     groups = (
-        answers.GroupView(name="mi300x", workers=3, starting=1, draining=0, workers_min=0, workers_max=8),
-        answers.GroupView(name="by-hand", workers=1, starting=0, draining=1),
+        answers_cluster.GroupView(name="mi300x", workers=3, starting=1, draining=0, workers_min=0, workers_max=8),
+        answers_cluster.GroupView(name="by-hand", workers=1, starting=0, draining=1),
     )
-    down = answers.DependencyView(name="autoscaler", state=answers.DependencyState.DOWN, since_at=NOW)
+    down = answers_cluster.DependencyView(name="autoscaler", state=answers_cluster.DependencyState.DOWN, since_at=NOW)
     lines = shown(cluster(groups=groups, dependencies=(down,)))
     assert "Groups  mi300x 3 (0 to 8) 1 starting   by-hand 1 1 draining   autoscaler down" in lines
     assert not any(line.startswith("Groups") for line in shown(cluster()))
 
 
 def sample(at_s, **tasks):
-    return Sample(cluster(tasks=answers.TaskCounts(**tasks)), at_s)
+    return Sample(cluster(tasks=answers_cluster.TaskCounts(**tasks)), at_s)
 
 
 @pytest.mark.parametrize(

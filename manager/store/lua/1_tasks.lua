@@ -354,6 +354,15 @@ local function retry_pause_ms(p, tenant, failures, chance, now)
   return math.max(pause, math.floor(dry - now - MINUTE_MS))
 end
 
+-- A retry that will never begin leaves its part of the tenant's minute to others.
+local function spare_retry(p, tenant, now)
+  local key = p .. 'tn:' .. tenant
+  local said = redis.call('HMGET', key, 'retries_max', 'retry_dry')
+  local most, dry = tonumber(said[1] or '0'), tonumber(said[2] or '0')
+  if most == 0 or dry <= now then return end
+  redis.call('HSET', key, 'retry_dry', string.format('%.0f', dry - MINUTE_MS / most))
+end
+
 local function words_of(payload)
   local ok, err = pcall(cjson.decode, payload)
   if not ok or type(err) ~= 'table' then return 'Failed', '' end
@@ -710,7 +719,7 @@ local function end_early(p, id, task, mark, now)
     return 'RUNNING'
   end
   redis.call('ZREM', p .. 'q:' .. task.shape, id)
-  redis.call('ZREM', p .. 'due', id)
+  if redis.call('ZREM', p .. 'due', id) == 1 then spare_retry(p, task.tenant, now) end
   if mark == '1' then return finalise(p, id, task, 'CANCELLED', '', '', now) end
   return finalise(p, id, task, 'FAILED', '', mark, now)
 end

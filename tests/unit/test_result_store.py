@@ -23,7 +23,7 @@ from manager.results.folder import FolderResults
 from manager.results.objects import ObjectResults, moment_of
 from manager.results.store import CHUNK_BYTES, Kind, leftover_of
 from manager.settings import ResultSettings, Settings
-from manager.store.store import Kept
+from manager.store.calls_leader import Kept
 
 TASK = "01k9ez0000000000000000007k"
 HOUR_S = 3600.0
