@@ -47,6 +47,8 @@ ROUND_PAUSE_S: Final = 0.02
 DUE_CALLS_MAX: Final = 10
 """Calls for what time brings, in one round: each does a bounded part, and a round must not take long."""
 SWEEP_S: Final = 30.0
+SWEEP_CALLS_MAX: Final = 20
+"""Of one round, each short: what ends in a busy cluster must not outrun what is forgotten."""
 UPGRADE_PAUSE_S: Final = 0.5
 TOMBSTONE_S: Final = 3600.0
 """A closed slot's id is remembered for this long: far over the time that any request can lie in a buffer."""
@@ -221,7 +223,8 @@ class Controller:
             if following != 0:
                 break
         if counts:
-            log.info("tasks_moved_on", **counts)
+            tell = log.debug if counts.keys() == {"retried"} else log.info  # a herd of retries is nobody's news
+            tell("tasks_moved_on", **counts)
         return following
 
     async def _fence_silent_nodes(self, state: ClusterState) -> None:
@@ -340,11 +343,17 @@ class Controller:
             return
         usual, tenants = retention_of(self.settings, state.now_ms)
         closed_before = state.now_ms - int(TOMBSTONE_S * 1000)
-        swept = await self.store.sweep(self.leadership.token, usual.ended_before_ms, usual.kept, closed_before, tenants)
-        if swept.tasks or swept.slots:
-            log.info("swept", tasks=swept.tasks, slots=swept.slots, files=len(swept.files))
-        self._results.forget(swept.files)
-        self._swept_s = now_s if max(swept.tasks, swept.slots) < IDS_MAX else 0.0
+        tasks = slots = files = 0
+        self._swept_s = 0.0  # unless all of it is done below, the next round goes on
+        for _ in range(SWEEP_CALLS_MAX):
+            swept = await self.store.sweep(self.leadership.token, usual.ended_before_ms, usual.kept, closed_before, tenants)
+            self._results.forget(swept.files)
+            tasks, slots, files = tasks + swept.tasks, slots + swept.slots, files + len(swept.files)
+            if max(swept.tasks, swept.slots) < IDS_MAX:
+                self._swept_s = now_s
+                break
+        if tasks or slots:
+            log.info("swept", tasks=tasks, slots=slots, files=files)
         self._metrics.show_fsync(await self.store.fsync_policy())
 
 

@@ -443,7 +443,10 @@ def _store_library(equal: bool | None, *, newer: bool) -> Check:
         remedy = "as in a rolling upgrade; bring this machine to that version as well"
         return Check(STORE, "functions", Status.WARN, "the store has those of a newer version", remedy)
     if not equal:
-        remedy = "bring all processes of the cluster to one version: each loads its own library when it starts"
+        remedy = (
+            "bring all processes of the cluster to one version: the newest loads its library; where they are of one, somebody "
+            "else has replaced it: redis-cli function flush, and they load theirs again"
+        )
         return Check(STORE, "functions", Status.WARN, "the store has those of another version", remedy)
     return Check(STORE, "functions", Status.OK, "those of this version")
 

@@ -318,7 +318,7 @@ def result(session: Session, *, task: str, tenant: str | None) -> int:
     Large results come piece by piece: 'rocyard result TASK > FILE'.
     """
     with session.client() as client:
-        for piece in client.read_result(task, tenant=tenant):
+        for piece in client.read_result(the_task(client, task, tenant), tenant=tenant):
             click.echo(piece, nl=False)
     return Exit.OK
 

@@ -81,7 +81,7 @@ def cluster(store: Store) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def large(cluster: Cluster) -> Task:
-    task = cluster.client.submit("echo", {"text": TEXT})
+    task = cluster.client.submit("echo", {"text": TEXT}, name="large/1")
     cluster.client.wait(task, 30)
     return task
 
@@ -107,8 +107,9 @@ def test_a_large_result_lies_in_a_file_and_comes_back_whole(cluster: Cluster, st
     assert (view.result_file.bytes, view.result_file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert large.result(10)["text"] == TEXT
     assert b"".join(cluster.client.read_result(large)) == data
-    printed = run_cli(cluster, "result", large.task_id)
-    assert (printed.returncode, printed.stdout) == (0, data)
+    for called in (large.task_id, "large/1"):
+        printed = run_cli(cluster, "result", called)
+        assert (printed.returncode, printed.stdout) == (0, data), called
     assert f"rocyard result {large.task_id}" in run_cli(cluster, "show", large.task_id).stdout.decode()
 
 
