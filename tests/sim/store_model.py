@@ -104,7 +104,7 @@ class Model:
         if isinstance(reply, Exception):
             raise reply
         if name in LEADER_CALLS:
-            old = int(args[0]) != self.token
+            old = int(args[0]) != self.token or not self.token  # at first nobody leads
             refused = _refused(name, reply)
             require(refused or not old, "old-leader-refused", f"{name} of token {args[0]}, now {self.token}: {reply}")
             if old:
