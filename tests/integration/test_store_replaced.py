@@ -12,6 +12,7 @@ from typing import Final
 import httpx
 import pytest
 
+from manager import client_wire
 from manager.core.errors import NotFound, StoreReplaced, StoreUnavailable
 from tests.integration.cluster import QUICK, Cluster, clusters, eventually
 
@@ -38,35 +39,9 @@ def refused(cluster: Cluster) -> bool:
     return reply is not None and reply.status_code == 503 and "is empty, but this process belongs" in reply.json()["detail"]
 
 
-def test_processes_that_are_too_old_end_and_are_not_started_again_and_again(own_cluster: Cluster):
+def test_an_empty_store_is_refused_and_heals_when_the_data_are_back(own_cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     cluster = own_cluster
-    roles = {role: cluster.role(role).pid for role in ("controller", "api")}
-    cluster.with_store(lambda store: store.connection.call("HSET", store.keys.meta, "schema", 98, "schema_min", 97))
-
-    def gone() -> bool:
-        return all(cluster.role_or_none(role) is None for role in roles) and not cluster.find("manager.cli.process", "node")
-
-    eventually(gone, 20, "the processes end")
-    for name in (*roles, "node-0"):
-        log = (cluster.directory / "data" / "logs" / f"{name}.log").read_text()
-        assert log.count("StoreTooNew: ") == 1, "it was started again at once"
-        assert "schema 98" in log
-        assert "schema 97 or newer may work" in log
-    cluster.destroy()
-    done = subprocess.run(
-        [sys.executable, "-m", "manager.cli.main", "up"],
-        env=cluster.environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "schema 97 or newer may work" in done.stderr
-
-
-def test_an_empty_store_is_refused_and_heals_when_the_data_are_back(own_cluster: Cluster):
-    cluster = own_cluster
+    monkeypatch.setattr(client_wire, "SUBMIT_PATIENCE_S", 0.1)  # this lasts
     data = cluster.directory / "data" / "store"
     running = cluster.client.submit("until", {"path": str(cluster.witness_path), "gate": str(cluster.directory / "go")})
     cluster.wait_started(running)
@@ -120,3 +95,30 @@ def test_an_empty_store_is_refused_and_heals_when_the_data_are_back(own_cluster:
     eventually(lambda: answer(cluster, "/readyz").status_code == 200, 20, "/readyz")  # type: ignore[union-attr]
     log = (cluster.directory / "data" / "logs" / "controller.log").read_text()
     assert log.count("store_refused") == 1, "said once per change"
+
+
+def test_processes_that_are_too_old_end_and_are_not_started_again_and_again(own_cluster: Cluster):
+    cluster = own_cluster
+    roles = {role: cluster.role(role).pid for role in ("controller", "api")}
+    cluster.with_store(lambda store: store.connection.call("HSET", store.keys.meta, "schema", 98, "schema_min", 97))
+
+    def gone() -> bool:
+        return all(cluster.role_or_none(role) is None for role in roles) and not cluster.find("manager.cli.process", "node")
+
+    eventually(gone, 20, "the processes end")
+    for name in (*roles, "node-0"):
+        log = (cluster.directory / "data" / "logs" / f"{name}.log").read_text()
+        assert log.count("StoreTooNew: ") == 1, "it was started again at once"
+        assert "schema 98" in log
+        assert "schema 97 or newer may work" in log
+    cluster.destroy()
+    done = subprocess.run(
+        [sys.executable, "-m", "manager.cli.main", "up"],
+        env=cluster.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "schema 97 or newer may work" in done.stderr

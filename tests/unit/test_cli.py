@@ -8,6 +8,7 @@ import sys
 import httpx
 import pytest
 
+from manager import client_wire
 from manager.cli import main as cli
 from manager.cli.exits import Exit
 from manager.cli.session import Session
@@ -179,7 +180,8 @@ def test_wrong_input_is_refused_with_what_would_be_right(server, capsys, args, w
         (500, "InternalError", Exit.FAILED),
     ],
 )
-def test_each_refusal_has_its_exit_code(server, capsys, status, code, expected):
+def test_each_refusal_has_its_exit_code(server, capsys, monkeypatch, status, code, expected):
+    monkeypatch.setattr(client_wire, "SUBMIT_PATIENCE_S", 0.1)  # what may pass is tried again for so long
     server.answers["POST /v1/tasks"] = (status, {"detail": "so it is", "code": code, "near": ["echo"]})
     assert cli.main(["submit", "echo"]) == expected
     assert "so it is" in capsys.readouterr().err

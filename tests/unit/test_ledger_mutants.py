@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from manager.core import index, placement, reservations, table
@@ -21,6 +21,7 @@ from plugins import held, ledger
 from tests.unit.test_ledger_machine import World
 
 EXAMPLES_MAX = 200
+SEEDS_MAX = 5
 """Most are seen in the first few; where the draws fall otherwise (another release of hypothesis), it may take more."""
 
 
@@ -173,17 +174,18 @@ def planted(fault: Fault) -> tuple[Callable[..., Any], CodeType]:
     return function, getattr(changed, "__func__", changed).__code__
 
 
-def seen_by() -> str:
-    """The check of the machine (or what it was doing) that fails first; empty: none does."""
+def seen_by(number: int) -> str:
+    """The check of the machine (or what it was doing) that fails first in the histories of that seed; empty: none does."""
     few = settings(
         World.TestCase.settings,
+        derandomize=False,  # the seed says which
         max_examples=EXAMPLES_MAX,
         phases=(Phase.generate,),
         database=None,
         report_multiple_bugs=False,
     )
     try:
-        run_state_machine_as_test(World, settings=few)
+        run_state_machine_as_test(seed(number)(World), settings=few)
     except Exception as error:  # noqa: BLE001 — whatever a fault leads to
         first: BaseException = error
         while first.__context__ is not None:  # the teardown fails after what has failed before it
@@ -197,4 +199,5 @@ def seen_by() -> str:
 def test_a_fault_is_seen(fault, monkeypatch):
     function, code = planted(fault)
     monkeypatch.setattr(function, "__code__", code)
-    assert seen_by()
+    # Which histories a seed gives depends on the order of sets too, so on the process: a rare fault gets another chance.
+    assert any(seen_by(number) for number in range(SEEDS_MAX))
