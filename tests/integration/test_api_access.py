@@ -11,7 +11,7 @@ from manager.api.operations import Operation, Public
 from manager.core.errors import RocyardError
 from manager.core.requests import KeyScope
 from manager.keys import LastAdminKey, create_key, list_keys, revoke_key
-from tests.integration.api_world import NODE, WHO, World, running_store, serving, until_answer
+from tests.integration.api_world import NODE, WHO, World, serving, until_answer
 
 pytestmark = pytest.mark.integration
 
@@ -20,18 +20,6 @@ _MAY = {
     KeyScope.USER: {"admin", "user", "other", "other_admin"},
     KeyScope.READ: set(WHO),
 }
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 async def ask(world: World, operation: Operation, who: str, task_id: str, array_id: str, key_id: str) -> httpx.Response:

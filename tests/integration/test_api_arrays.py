@@ -7,22 +7,10 @@ import pytest
 from manager.core.ids import id_in_array, is_array_id
 from manager.core.lifecycle import Outcome
 from manager.settings import Settings, TenantSettings
-from tests.integration.api_world import World, running_store, serving
+from tests.integration.api_world import World, serving
 
 pytestmark = pytest.mark.integration
 ECHO = {"function": "echo", "args": {}, "index_as": "x"}
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 async def make(world: World, **fields: object) -> str:

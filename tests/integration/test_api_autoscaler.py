@@ -5,15 +5,9 @@ import pytest
 
 from manager.core.answers_autoscaler import DecisionNote, ScalingGroup
 from manager.settings import AutoscalerSettings, GroupSettings, Settings
-from tests.integration.api_world import World, running_store, serving
+from tests.integration.api_world import World, serving
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
 
 
 @pytest.fixture

@@ -15,23 +15,11 @@ from manager.core.answers_nodes import WorkerList, WorkerState
 from manager.core.model import DeviceUse
 from manager.core.requests import KeyScope
 from manager.settings import Settings
-from tests.integration.api_world import GIB, NODE, Agent, World, running_store, serving, until_answer
+from tests.integration.api_world import GIB, NODE, Agent, World, serving, until_answer
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 async def test_functions_are_listed_with_schema_and_defaults(world: World):

@@ -8,22 +8,10 @@ import pytest
 from manager.core.answers_tasks import AttemptList, TaskLog
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import ProgressNote
-from tests.integration.api_world import NODE, World, running_store, serving, until
+from tests.integration.api_world import NODE, World, serving, until
 
 pytestmark = pytest.mark.integration
 ECHO = {"function": "echo", "args": {"x": 1}}
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 async def show(world: World, task_id: str, more: str = "") -> dict[str, object]:

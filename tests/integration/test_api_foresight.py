@@ -15,19 +15,13 @@ from manager.core.planner import plan
 from manager.core.quantities import GIB
 from manager.core.snapshot import decode_snapshot
 from manager.settings import AutoscalerSettings, GroupSettings, Settings
-from tests.integration.api_world import NODE, World, running_store, serving, until_answer
+from tests.integration.api_world import NODE, World, serving, until_answer
 
 pytestmark = pytest.mark.integration
 GROUPS = Settings(
     groups={"big": GroupSettings(devices="2:mi355x", workers_max=3)},
     autoscaler=AutoscalerSettings(step_up_max=2),
 )
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
 
 
 @pytest.fixture

@@ -8,22 +8,10 @@ import pytest
 
 from manager.core.lifecycle import TaskStatus
 from manager.settings import Settings, TenantSettings
-from tests.integration.api_world import World, running_store, serving, until_answer
+from tests.integration.api_world import World, serving, until_answer
 
 pytestmark = pytest.mark.integration
 PLAIN = {"function": "echo", "args": {"x": 1, "text": "é"}}
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 async def post(world: World, body: object, key: str | None = None, *, who: str = "user", path: str = "") -> httpx.Response:

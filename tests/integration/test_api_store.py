@@ -28,12 +28,6 @@ def store_server():
         yield server
 
 
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
-
-
 async def refusals(world: World) -> None:
     """Every route that needs the store says so in time."""
     task = {"function": "echo", "args": {"x": 1}}

@@ -10,21 +10,9 @@ from manager.core.answers_tasks import Accepted, TaskPage, TaskView
 from manager.core.ids import is_id
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.settings import Settings, TenantSettings
-from tests.integration.api_world import GIB, NODE, World, running_store, serving, until, until_answer
+from tests.integration.api_world import GIB, NODE, World, serving, until, until_answer
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 async def test_a_submitted_task_is_on_disk_and_says_where_to_look(world: World):

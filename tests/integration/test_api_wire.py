@@ -8,21 +8,9 @@ import socket
 import pytest
 
 from manager.api import exchange, protocol
-from tests.integration.api_world import World, running_store, serving, until
+from tests.integration.api_world import World, until
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 class Peer:

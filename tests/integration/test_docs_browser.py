@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.integration.api_world import World, running_store, serving
+from tests.integration.api_world import World, running_store
 from tests.integration.browser import Browser, chromium_or_skip
 
 pytestmark = pytest.mark.integration
@@ -20,12 +20,6 @@ def store_server():
     chromium_or_skip()
     with running_store() as server:
         yield server
-
-
-@pytest.fixture
-async def world(store_server):
-    async with serving(store_server.url) as world:
-        yield world
 
 
 async def in_browser(world: World, visit) -> None:

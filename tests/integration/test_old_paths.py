@@ -8,7 +8,7 @@ import pytest
 
 from manager.api.old_paths import OLD_PATHS
 from manager.settings import ApiSettings, Secret, Settings
-from tests.integration.api_world import World, running_store, serving, until_answer
+from tests.integration.api_world import World, serving, until_answer
 from tests.integration.cluster import clusters
 
 pytestmark = pytest.mark.integration
@@ -16,12 +16,6 @@ pytestmark = pytest.mark.integration
 KEY = "a+key/of.the~old=guide"
 # What changes from one look at the cluster to the next.
 PASSING = {"at", "instance", "beat_age_s", "oldest_wait_s", "last_seen_at", "task_id"}
-
-
-@pytest.fixture(scope="module")
-def store_server():
-    with running_store() as server:
-        yield server
 
 
 @pytest.fixture
