@@ -18,7 +18,7 @@ from manager.core.direct_room import closes_for_direct
 from manager.core.errors import StoreUnavailable
 from manager.core.ids import new_id
 from manager.core.index import index_of
-from manager.core.leadership import BeatWatch
+from manager.core.leadership import BeatWatch, GivingWay
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, QueueRow
 from manager.core.news import news_of
@@ -49,9 +49,13 @@ DUE_CALLS_MAX: Final = 10
 SWEEP_S: Final = 30.0
 SWEEP_CALLS_MAX: Final = 20
 """Of one round, each short: what ends in a busy cluster must not outrun what is forgotten."""
-UPGRADE_PAUSE_S: Final = 0.5
+KEEP_UP_PAUSE_S: Final = 0.5
 TOMBSTONE_S: Final = 3600.0
 """A closed slot's id is remembered for this long: far over the time that any request can lie in a buffer."""
+GIVE_WAY_S: Final = 15.0
+"""A leader that reaches no Dask for so long lets another candidate try: over the time in which a scheduler starts again."""
+STAND_BACK_S: Final = 3.0
+"""It leaves the term to others for so long: time for each of them to look whether there is a leader."""
 STAND_STILL_S: Final = 1.0
 """A round that came so much later than planned means that this process, not the nodes, stood still."""
 
@@ -88,6 +92,8 @@ class Controller:
         self._swept_s = 0.0
         self._told_workers: dict[str, str] | None = None
         self._kept = False
+        self._giving_way = GivingWay(GIVE_WAY_S)
+        self._dask_error = ""
         self._wake = asyncio.Event()
         self._stopping = False
 
@@ -138,6 +144,7 @@ class Controller:
     async def _guarded_round(self) -> float:
         try:
             if not await self.leadership.step():
+                self._giving_way.stopped()
                 self._looked_s = None
                 self._announced = False
                 self._shares.forget()
@@ -186,11 +193,13 @@ class Controller:
             dropped = await self._repair(state, on_dask)
             planned = await self._plan(state, on_dask, dropped)
         except DaskUnavailable as error:
-            log.warning("dask_unavailable", error=str(error))
             self._needs.show(state, (), self.leadership.token, time.monotonic())  # what was held there is gone with it
-            await self._note_dask(state, reached=False)
+            await self._note_dask(state, error)
+            if self._giving_way.fails(time.monotonic()):
+                await self.leadership.give_way(STAND_BACK_S)
             return min(again_s, 0.25)
-        await self._note_dask(state, reached=True)
+        self._giving_way.works()
+        await self._note_dask(state, None)
         await self._announce_dask(workers)
         return min(again_s, planned.again_s or again_s)
 
@@ -250,10 +259,16 @@ class Controller:
         elif state.mix.revision:
             await self.dask.tell(news_of(state, with_mix=True))  # before anything is submitted to it anew
 
-    async def _note_dask(self, state: ClusterState, *, reached: bool) -> None:
-        """Say in the store whether Dask is there, for `rocyard status`; only where that has changed."""
-        if state.dask is not reached:
-            await self.store.reached(self.leadership.token, dask=reached)
+    async def _note_dask(self, state: ClusterState, error: DaskUnavailable | None) -> None:
+        """Say whether Dask is there, in the store for `rocyard status` and in the log; only where that has changed."""
+        if self._dask_error != str(error or ""):
+            self._dask_error = str(error or "")
+            if error is None:
+                log.info("dask_available")
+            else:
+                log.warning("dask_unavailable", error=str(error))
+        if state.dask is not (error is None):
+            await self.store.reached(self.leadership.token, dask=error is None)
 
     async def _drain(self, state: ClusterState) -> float:
         """Flag what is open on nodes that are being drained (nothing new opens there); seconds until the next deadline."""
@@ -374,30 +389,36 @@ async def serve(settings: Settings, run_slot: RunSlot) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, controller.stop)
     controller.service = msgspec.json.encode({"pid": os.getpid(), "metrics_url": metrics_url(host, port, secure)})
-    upgrading = asyncio.create_task(_upgrade(store))
+    keeping_up = asyncio.create_task(_keep_up(store))
     try:
         await controller.run()
     finally:
-        upgrading.cancel()
+        keeping_up.cancel()
         stop_metrics()
         await listener.close()
         await store.connection.close()
     membership.raise_if_outdated()
 
 
-async def _upgrade(store: Store) -> None:
-    """Bring the store's data to our schema, beside the rounds: an upgrade may take longer than a leader's term."""
+async def _keep_up(store: Store) -> None:
+    """Bring the store's data to our schema, beside the rounds: an upgrade may take longer than a leader's term. Then see again
+    and again that nobody has replaced its functions by hand.
+    """
+    migrated = False
     while True:
         try:
-            await store.migrate()
+            if not migrated:
+                await store.migrate()
+                migrated = True
+            await store.deploy()
+            pause_s = SWEEP_S
         except StoreUnavailable:
-            await asyncio.sleep(UPGRADE_PAUSE_S)
+            pause_s = KEEP_UP_PAUSE_S
         except Exception:
-            LOOP_ERRORS.labels(loop="controller_upgrade").inc()
-            log.exception("loop_failed", loop="controller_upgrade")
-            await asyncio.sleep(SWEEP_S)
-        else:
-            return
+            LOOP_ERRORS.labels(loop="controller_keep_up").inc()
+            log.exception("loop_failed", loop="controller_keep_up")
+            pause_s = SWEEP_S
+        await asyncio.sleep(pause_s)
 
 
 def run(settings: Settings, run_slot: RunSlot) -> int:

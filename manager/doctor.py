@@ -445,7 +445,7 @@ def _store_library(equal: bool | None, *, newer: bool) -> Check:
     if not equal:
         remedy = (
             "bring all processes of the cluster to one version: the newest loads its library; where they are of one, somebody "
-            "else has replaced it: redis-cli function flush, and they load theirs again"
+            "has replaced it by hand, and the controller that leads puts it right within a minute"
         )
         return Check(STORE, "functions", Status.WARN, "the store has those of another version", remedy)
     return Check(STORE, "functions", Status.OK, "those of this version")

@@ -4,6 +4,7 @@ A candidate takes over when the holder resigned, or when the holder's beat has n
 own clock. A leader trusts itself only for a part of the term, counted from the start of its last renewal that worked.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -42,6 +43,7 @@ class Leadership:
         self.token = 0
         self._watch = BeatWatch()
         self._trusted_until_s = 0.0
+        self._stands_back_until_s = -math.inf
 
     @property
     def leads(self) -> bool:
@@ -58,7 +60,7 @@ class Leadership:
                     self._trust(began_s)
                 else:
                     self._lose("replaced")
-            else:
+            elif began_s >= self._stands_back_until_s:
                 await self._try(began_s)
         except StoreUnavailable:
             if self.token and not self.leads:
@@ -91,6 +93,11 @@ class Leadership:
         log.warning("leadership_lost", token=self.token, reason=reason)
         self.token = 0
         self._show(leads=False)
+
+    async def give_way(self, seconds: float) -> None:
+        """Give the term back, and do not ask for it for so long: another candidate may do better."""
+        self._stands_back_until_s = self.clock() + seconds
+        await self.resign()
 
     async def resign(self) -> None:
         """Give the term back, so that the next start need not wait for its end."""

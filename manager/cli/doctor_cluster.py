@@ -101,7 +101,7 @@ def role_at_hand(settings: Settings) -> Role:
 async def _ask_store(url: str, expected: str) -> StoreFacts:
     from manager.core.keys import Keys
     from manager.store.connection import StoreConnection, StoreReplyError
-    from manager.store.schema import LIBRARY_VERSION, library_source, read_facts
+    from manager.store.schema import LIBRARY_VERSION, library_source, library_text, read_facts
 
     connection = StoreConnection(url, ASK_S, "doctor")
     try:
@@ -116,11 +116,11 @@ async def _ask_store(url: str, expected: str) -> StoreFacts:
             config = None
         said = await read_facts(connection.call, Keys())
         listed = await connection.call("FUNCTION", "LIST", "LIBRARYNAME", "rocyard", "WITHCODE")
-        code = _field(listed[0], b"library_code") if listed else None
+        code = library_text(listed)
         return StoreFacts(
             info=info,
             config=config,
-            library=None if code is None else code.decode() == library_source(),
+            library=None if code is None else code == library_source(),
             ahead_s=int(seconds) + int(microseconds) / 1e6 - now,
             cluster=said.cluster,
             expected=expected,
@@ -132,12 +132,6 @@ async def _ask_store(url: str, expected: str) -> StoreFacts:
         raise RocyardError(f"the store refuses to say how it is: {error}") from error
     finally:
         await connection.close()
-
-
-def _field(flat: list[Any], name: bytes) -> bytes | None:
-    """The value behind `name` in an answer that lists names and values in turn."""
-    found = dict(zip(flat[::2], flat[1::2], strict=True)).get(name)
-    return found if isinstance(found, bytes) else None
 
 
 def api(target: Target) -> Check:

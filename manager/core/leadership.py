@@ -3,6 +3,9 @@ observer's own monotonic clock. No clock is compared with another, so a jump of 
 """
 
 from collections.abc import Hashable, Iterable
+from typing import Final
+
+GIVE_WAY_S_MAX: Final = 300.0
 
 
 class BeatWatch:
@@ -27,3 +30,34 @@ class BeatWatch:
     def forgive(self, seconds: float) -> None:
         """The observer itself stood still for so long: nobody is to blame for that time."""
         self._seen = {name: (beat, at + seconds) for name, (beat, at) in self._seen.items()}
+
+
+class GivingWay:
+    """When a leader that cannot do its work lets another candidate try.
+
+    Nobody knows whether another could do better; so it gives way once it has failed for `after_s`, and, where it leads again
+    and still fails, after twice that time, and so on: candidates who all fail do not pass the term around all the time.
+    """
+
+    def __init__(self, after_s: float) -> None:
+        self._after_s = after_s
+        self._wait_s = after_s
+        self._failing_since_s: float | None = None
+
+    def works(self) -> None:
+        """It does its work."""
+        self._failing_since_s, self._wait_s = None, self._after_s
+
+    def stopped(self) -> None:
+        """It does not lead any more: what it cannot do holds up nobody."""
+        self._failing_since_s = None
+
+    def fails(self, now_s: float) -> bool:
+        """It cannot do its work now. Whether it gives way."""
+        if self._failing_since_s is None:
+            self._failing_since_s = now_s
+        if now_s - self._failing_since_s < self._wait_s:
+            return False
+        self._failing_since_s = None
+        self._wait_s = min(2 * self._wait_s, max(GIVE_WAY_S_MAX, self._after_s))
+        return True

@@ -8,9 +8,9 @@ It knows no connection: who has one gives a way to ask over it.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -119,8 +119,18 @@ async def identify(ask: Ask, keys: Keys, cluster: str) -> str:
     return (await read_facts(ask, keys)).cluster
 
 
+def library_text(listed: Sequence[Sequence[Any]]) -> str | None:
+    """The text of the library in an answer to ``FUNCTION LIST … WITHCODE``; None: there is none."""
+    if not listed:
+        return None
+    fields = listed[0]
+    return str(fields[fields.index(b"library_code") + 1].decode())
+
+
 async def deploy(ask: Ask, keys: Keys, library: Library | None = None) -> None:
     """Load a library (ours), unless the store has it or a newer one. Needs a connection to itself: it watches a key.
+
+    What counts is the text that is there, not only what was noted of it: somebody may have replaced it by hand.
 
     Raises:
         StoreUnavailable: the store's library is gone, and was a newer one.
@@ -129,14 +139,14 @@ async def deploy(ask: Ask, keys: Keys, library: Library | None = None) -> None:
     for _ in range(TRIES):
         await ask("WATCH", keys.meta)
         facts = await read_facts(ask, keys)
-        there = bool(await ask("FUNCTION", "LIST", "LIBRARYNAME", "rocyard"))
+        there = library_text(await ask("FUNCTION", "LIST", "LIBRARYNAME", "rocyard", "WITHCODE"))
         newer = facts.library_version > own.version
-        if newer and not there:
+        if newer and there is None:
             raise StoreUnavailable(
                 f"the store has lost its functions, and they were of version {facts.library_version}, newer than ours "
                 f"({own.version}): a process of the newer version loads them again"
             )
-        if newer or (there and (facts.library_version, facts.library) == (own.version, own.digest)):
+        if newer or (there == own.source and (facts.library_version, facts.library) == (own.version, own.digest)):
             await ask("UNWATCH")
             return
         await ask("MULTI")
@@ -146,7 +156,9 @@ async def deploy(ask: Ask, keys: Keys, library: Library | None = None) -> None:
         if done is not None:  # else somebody else was quicker: look again
             if isinstance(done[0], StoreReplyError):
                 raise done[0]
-            log.info("library_loaded", version=own.version, before=facts.library_version, digest=own.digest[:12])
+            by_hand = there is not None and Library(facts.library_version, there).digest != facts.library
+            tell = log.warning if by_hand else log.info
+            tell("library_loaded", version=own.version, before=facts.library_version, digest=own.digest[:12], by_hand=by_hand)
             return
     raise StoreUnavailable("the store's functions are replaced again and again: which processes run on it?")
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from manager import controller
 from manager.core.errors import StoreNew, StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.core.keys import SCHEMA_VERSION, Keys
 from manager.store import Store, StoreConnection, schema
 from manager.store.connection import Ask, StoreReplyError
-from manager.store.schema import Library, Membership, deploy, library_source, own_library
+from manager.store.schema import Library, Membership, deploy, library_source, library_text, own_library
 from tests.contract.golden_calls import argument, digests, golden, shape_of_answer
 from tests.contract.store_harness import Lab, StoreServer, check_invariants, connected, end
 
@@ -281,6 +282,40 @@ async def test_the_same_version_with_other_text_is_replaced(empty: Lab):
     await empty.store.deploy()
     with pytest.raises(StoreReplyError, match="not found"):
         await empty.raw("FCALL", "ry_old", 0)
+
+
+async def test_a_library_that_was_replaced_by_hand_is_put_right(empty: Lab):
+    """What is noted of it still says that all is well."""
+    await empty.store.deploy()
+    noted = await empty.raw("HGETALL", META)
+    changed = library_source().replace("function_name = 'ry_cancel'", "function_name = 'ry_cancel_other'")
+    await empty.raw("FUNCTION", "LOAD", "REPLACE", changed)
+    await empty.store.deploy()
+    listed = await empty.raw("FUNCTION", "LIST", "LIBRARYNAME", "rocyard", "WITHCODE")
+    assert library_text(listed) == library_source() != changed
+    assert await empty.raw("HGETALL", META) == noted
+
+
+async def test_a_controller_puts_a_library_right_while_it_runs(empty: Lab, monkeypatch: pytest.MonkeyPatch):
+    looks: asyncio.Queue[None] = asyncio.Queue()
+    deploy_once = empty.store.deploy
+
+    async def looked() -> None:
+        await deploy_once()
+        looks.put_nowait(None)
+
+    monkeypatch.setattr(controller, "SWEEP_S", 0.02)
+    monkeypatch.setattr(empty.store, "deploy", looked)
+    keeping_up = asyncio.create_task(controller._keep_up(empty.store))
+    async with asyncio.timeout(10):
+        await looks.get()
+        await empty.raw("FUNCTION", "LOAD", "REPLACE", "#!lua name=rocyard\nredis.register_function('ry_old', function() end)")
+        while not looks.empty():
+            looks.get_nowait()
+        for _ in range(2):  # the first may have looked before
+            await looks.get()
+    keeping_up.cancel()
+    assert library_text(await empty.raw("FUNCTION", "LIST", "LIBRARYNAME", "rocyard", "WITHCODE")) == library_source()
 
 
 async def test_a_library_that_cannot_be_loaded_is_told(empty: Lab):

@@ -30,7 +30,7 @@ from manager.settings import (
 from manager.store import Store
 from plugins.node.agent import Agent
 from plugins.node.link import OpenSlot
-from tests.sim.store_loop import Process, SimLoop
+from tests.sim.store_loop import CURRENT, Process, SimLoop
 from tests.sim.store_net import Network, SimConnection
 
 FUNCTION = "work"
@@ -181,6 +181,7 @@ class SimDask:
         self.rng = rng
         self.agents = agents
         self.down_until_s = 0.0
+        self.cut: set[str] = set()  # processes that do not reach it
         self.direct: tuple[Any, ...] = ()
         self.mix = None
         self._known: dict[str, SlotOnDask] = {}
@@ -189,7 +190,8 @@ class SimDask:
 
     async def _answers(self) -> None:
         await asyncio.sleep(0.002)
-        if self.loop.now_s < self.down_until_s:
+        asking = CURRENT.get()
+        if self.loop.now_s < self.down_until_s or (asking is not None and asking.name in self.cut):
             raise DaskUnavailable("down")
 
     async def submit(self, slot_id: str, shape: Shape, node: str, resources: Resources | None = None) -> None:

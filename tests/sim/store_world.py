@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from asyncio import events
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ from tests.sim.store_server import SimStore, simulated_library
 CHAOS_S = 40.0
 CALM_S_MAX = 400.0
 CHECK_S = 5.0
+WITHOUT_DASK_S_MAX = 90.0
 LEASE_S = 12.0
 SETTLED_S = 5.0
 """Calm for so long, nobody waits for an answer any more that will never come, and every idle slot has been told to be so."""
@@ -176,7 +177,7 @@ class World:
         troubles = {
             self._freeze_agent: 4, self._kill_agent: 3, self._twin: 2, self._freeze_controller: 3, self._kill_controller: 2,
             self._restart_store: 2, self._jump: 2, self._restart_dask: 2, self._change_weather: 4, self._cut: 2,
-            self._stop_agent: 1,
+            self._cut_dask: 1, self._stop_agent: 1,
         }  # fmt: skip
         while self.loop.now_s < until_s:
             await asyncio.sleep(self.rng.expovariate(1 / 2.5))
@@ -244,6 +245,12 @@ class World:
     def _restart_dask(self) -> None:
         self.dask.restart(self.rng.choice((0.1, 2.0, 6.0)))
 
+    def _cut_dask(self) -> None:
+        """A controller does not reach Dask for a while."""
+        name = self.rng.choice(self.controllers).process.name
+        self.dask.cut.add(name)
+        self.net.at(self.rng.choice((1.0, 20.0, 60.0)), self.dask.cut.discard, name)
+
     def _change_weather(self) -> None:
         self.net.weather = self.rng.choice((CALM, FAIR, FAIR, FOUL))
 
@@ -255,16 +262,36 @@ class World:
 
     # --- the whole ------------------------------------------------------------------------------------------------
 
+    def _start(self) -> None:
+        for place in range(2):
+            self.start_controller(place)
+        for node in NODES:
+            self.start_agent(node)
+
+    def run_with_a_leader_without_dask(self) -> None:
+        """Nothing goes wrong, but that the leader never reaches Dask; another candidate does.
+
+        Raises:
+            Violation: what was accepted does not end.
+        """
+        self.calm = True
+        self.net.weather = CALM
+        self._start()
+        if not self.loop.run_until(lambda: any(controller.leads for controller in self.controllers), CALM_S_MAX):
+            raise Violation("one-leads", f"after {CALM_S_MAX} s")
+        self.dask.cut |= {controller.process.name for controller in self.controllers if controller.leads}
+        for client in self.clients:
+            client.process.spawn(client.live(self.loop.now_s + CHECK_S))
+        self._drain(WITHOUT_DASK_S_MAX)
+        self.check(last=True)
+
     def run(self) -> None:
         """Live through it.
 
         Raises:
             Violation: a promise was broken.
         """
-        for place in range(2):
-            self.start_controller(place)
-        for node in NODES:
-            self.start_agent(node)
+        self._start()
         self.net.weather = FAIR
         end_s = self.loop.now_s + CHAOS_S
         for person in (*self.clients, self.operator, self.meddler):
@@ -274,15 +301,18 @@ class World:
             self._run_for(CHECK_S)
             self.check()
         self._calm_down()
-        limit_s = self.loop.now_s + CALM_S_MAX
-        while not self._ended():
-            if self.loop.now_s >= limit_s:
-                raise Violation("all-drains", f"after {CALM_S_MAX} s of calm: {self._left()}")
-            self._run_for(1.0)
+        self._drain(CALM_S_MAX)
         self._run_for(SETTLED_S)
         for _ in range(PROBES):
             self._probe()
         self.check(last=True)
+
+    def _drain(self, seconds: float) -> None:
+        limit_s = self.loop.now_s + seconds
+        while not self._ended():
+            if self.loop.now_s >= limit_s:
+                raise Violation("all-drains", f"after {seconds} s of calm: {self._left()}")
+            self._run_for(1.0)
 
     def _probe(self) -> None:
         """A slot that is idle hears of work at once, not with the next beat of its agent."""
@@ -307,6 +337,7 @@ class World:
         self.calm = True
         self.net.weather = CALM
         self.net.cut.clear()
+        self.dask.cut.clear()
         self.net.down_until_s = self.dask.down_until_s = 0.0
         # What waits for a time waits for longer where the clock was set back meanwhile: by as much, and no more.
         self.jump_ms = self.jump_ms_max
@@ -431,7 +462,7 @@ def _listening() -> Iterator[list[str]]:
         structlog.configure(**before)
 
 
-def live(store: SimStore, seed: int, library: str = "") -> Outcome:
+def live(store: SimStore, seed: int, library: str = "", plot: Callable[[World], None] = World.run) -> Outcome:
     """One history on an empty store with this text of the library (the product's if none is given)."""
     store.load(simulated_library(library))
     loop = SimLoop()
@@ -442,7 +473,7 @@ def live(store: SimStore, seed: int, library: str = "") -> Outcome:
             world = World(store, seed, loop, folder, said)
             with mock.patch.object(slot_executor, "Executor", world.theatre):
                 try:
-                    world.run()
+                    plot(world)
                 except Violation as error:
                     outcome.violation, outcome.detail = error.name, str(error)
                 finally:

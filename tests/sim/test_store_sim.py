@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from manager import controller
 from manager.store.schema import library_source
 from tests.sim.store_mutants import SEEN, mutated
 from tests.sim.store_server import SimStore, simulated_library, simulated_store
-from tests.sim.store_world import Outcome, find, live, replay
+from tests.sim.store_world import Outcome, World, find, live, replay
 
 SEEDS = 40
 KNOWN = Path(__file__).with_name("seeds.txt")
@@ -66,6 +67,19 @@ def test_the_clock_of_the_library_is_the_simulations(store: SimStore) -> None:
     store.load(simulated_library(library_source()))
     reply, _ = store.run(1_234_567_890_123, ("FCALL", "ry_state", 1, "{ry}:", "0"))
     assert reply[0] == 1_234_567_890_123
+
+
+def test_a_leader_that_does_not_reach_dask_gives_way(store: SimStore) -> None:
+    outcome = live(store, 1, plot=World.run_with_a_leader_without_dask)
+    assert not outcome.violation, told(outcome)
+    assert outcome.figures["accepted"] > 0
+    assert outcome.figures["terms"] > 1
+
+
+def test_it_would_be_seen_if_it_did_not(store: SimStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "GIVE_WAY_S", 1e9)
+    outcome = live(store, 1, plot=World.run_with_a_leader_without_dask)
+    assert outcome.violation == "all-drains", told(outcome)
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from manager.core.errors import StoreUnavailable
-from manager.core.leadership import BeatWatch
+from manager.core.leadership import GIVE_WAY_S_MAX, BeatWatch, GivingWay
 from manager.leader import TRUST_RATIO, Leadership
 
 TERM_S = 10.0
@@ -214,3 +214,58 @@ def test_an_observer_that_stood_still_blames_nobody():
     watch.unchanged_s("n", 1, 3.0)
     watch.forgive(60.0)  # it looked at 3 and next at 63
     assert watch.unchanged_s("n", 1, 63.0) == 3.0
+
+
+# --- giving way -----------------------------------------------------------------------------------------------------
+
+
+def test_who_gives_way_leaves_the_term_to_others_for_a_while():
+    store = FakeTerm()
+    first, second = candidate(store, "first"), candidate(store, "second")
+    assert step(first)
+    assert not step(second)
+    done(first.give_way(3.0))
+    assert not first.leads
+    assert not step(first, 1.0)
+    assert step(second, 1.0)
+    assert not step(first, 2.5)
+
+
+def test_who_gives_way_to_nobody_leads_again():
+    store = FakeTerm()
+    first = candidate(store, "first")
+    assert step(first)
+    done(first.give_way(3.0))
+    assert not step(first, 2.9)
+    assert step(first, 0.2)
+
+
+def failing(giving_way, begin_s, seconds, step_s=0.25):
+    """When it gives way first, in seconds from `begin_s`; None: not within `seconds`."""
+    for turn in range(int(seconds / step_s) + 1):
+        if giving_way.fails(begin_s + turn * step_s):
+            return turn * step_s
+    return None
+
+
+def test_a_leader_that_fails_gives_way_later_each_time():
+    giving_way = GivingWay(15.0)
+    waited = []
+    now_s = 100.0
+    for _ in range(7):
+        waited.append(failing(giving_way, now_s, 1000))
+        now_s += 2000.0
+        giving_way.stopped()
+    assert waited == [15.0, 30.0, 60.0, 120.0, 240.0, GIVE_WAY_S_MAX, GIVE_WAY_S_MAX]
+
+
+def test_what_works_again_or_leads_no_more_counts_anew():
+    giving_way = GivingWay(15.0)
+    assert failing(giving_way, 0.0, 14.0) is None
+    giving_way.works()
+    assert failing(giving_way, 14.5, 14.0) is None
+    giving_way.stopped()
+    assert failing(giving_way, 1000.0, 14.0) is None
+    assert failing(giving_way, 1014.0, 14.0) == 1.0
+    giving_way.works()
+    assert failing(giving_way, 2000.0, 60.0) == 15.0  # it has worked since: patience is what it was
