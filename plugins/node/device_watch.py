@@ -47,7 +47,8 @@ class DeviceWatch:
             if probe.complete or probe.devices:
                 self._take(probe, slots)
                 return
-            log.error("devices_unknown", error=probe.error)
+            tell = log.info if self.prober.starting else log.error  # a driver may take its time
+            tell("devices_unknown", error=probe.error)
             await asyncio.sleep(self.period_s)
 
     async def look(self, slots: SlotTable) -> bool:

@@ -200,7 +200,7 @@ async def test_a_driver_that_hangs_costs_one_child_and_the_last_reading_stands_i
         rig.set(hang=True)
         began = time.monotonic()
         probe = await prober.probe()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         assert prober.hung
         assert "did not answer within 0.4 s" in probe.error
         assert (probe.complete, probe.devices, probe.readings) == (False, good.devices, good.readings)
@@ -224,8 +224,9 @@ async def test_a_driver_that_hangs_from_the_start_is_not_complete(rig, monkeypat
         probe = await prober.probe()
         child = prober._child.pid
         assert (probe.devices, probe.complete, probe.error) == ((), False, f"the {rig.kind} driver is still starting")
+        assert prober.starting
         probe = await prober.probe()
-        assert (probe.devices, probe.complete, prober.hung) == ((), False, True)
+        assert (probe.devices, probe.complete, prober.hung, prober.starting) == ((), False, True, False)
         assert "did not answer within 0.6 s" in probe.error
         assert not alive(child)
 

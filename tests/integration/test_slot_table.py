@@ -173,6 +173,7 @@ class PlayedProber:
     """Tells what is played: bytes in use of each pool, all of it by this test's own processes."""
 
     kind = "simulated"
+    starting = False
 
     def __init__(self, devices):
         self.devices = devices

@@ -69,6 +69,7 @@ class Prober:
     Attributes:
         kind: as given.
         hung: whether the last look ran into its deadline.
+        starting: whether that was because the driver is still starting.
         failures: looks in a row that gave no answer.
     """
 
@@ -87,6 +88,7 @@ class Prober:
             raise ValueError("a prober of simulated devices needs to know which, and no other one does")
         self.kind: SourceKind = kind
         self.hung = False
+        self.starting = False
         self.failures = 0
         self._directory = str(simulated.directory.absolute()) if simulated else ""
         self._env = dict(os.environ if env is None else env)
@@ -119,10 +121,12 @@ class Prober:
             if self._stuck is not None and await self._stuck.kill(_CLOCK_S):
                 self._stuck = None
             if self._stuck is None and (self._child is not None or now >= self._not_before):
+                self.starting = False
                 try:
                     probe = await self._look()
                 except _StillStartingError as error:
                     self._error = str(error)
+                    self.starting = True
                 except NoAnswerError as error:
                     self._error = str(error)
                     await self._discard()
