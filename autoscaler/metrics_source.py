@@ -106,7 +106,7 @@ class Freshness:
         """
         problem = ""
         for group, mark in reading.rounds.items():
-            unchanged_s = self._watch.unchanged_s(group, mark, now_s)
+            unchanged_s = self._watch.silent_s(group, mark, now_s, now_s)
             if self._first.setdefault(group, mark) == mark:
                 problem = problem or f"the need of {group!r} was not seen to change yet"
             elif unchanged_s >= self._stale_s:

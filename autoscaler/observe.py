@@ -44,7 +44,7 @@ class Watcher:
         names = {each.name for each in listing.instances}
         for row in state.nodes:
             if row.info.group == listing.group and row.node not in names and not row.left and not row.fenced:
-                silent_s = self._beats.unchanged_s(row.node, (row.incarnation, row.beat), now_s)
+                silent_s = self._beats.silent_s(row.node, (row.incarnation, row.beat), now_s, now_s)
                 if silent_s <= SILENT_BEATS * self._beat_s:
                     found.append(self._registered(row, slots[row.node], state.now_ms, now_s, listed=False))
         return tuple(found)
@@ -53,7 +53,7 @@ class Watcher:
         self, instance: Instance, row: NodeRow | None, slots: Sequence[SlotRow], state: ClusterState, now_s: float
     ) -> Member:
         if row is not None:
-            self._beats.unchanged_s(row.node, (row.incarnation, row.beat), now_s)
+            self._beats.silent_s(row.node, (row.incarnation, row.beat), now_s, now_s)
         away = row is None or row.left or row.fenced
         if row is not None and row.cordon is not Cordon.NONE and not row.left:
             self._away_since.pop(row.node, None)

@@ -1,10 +1,11 @@
 """Backups of the store as files: a head of fixed length that says what is in it, then the server's own copy of its data.
 
 Owns the form of the file and the order of steps; how a running store is copied, and how data come into one, is the store's.
-A file that bears its name is whole: it is written under another one, synced, and renamed.
+A file that bears its name is whole: it is written under another one, which no other run has, synced, and then given its name.
 """
 
 import datetime as dt
+import errno
 import hashlib
 import os
 import shutil
@@ -27,6 +28,8 @@ FORMAT: Final = 1
 MAGIC: Final = b"ROCYARD BACKUP\n"
 HEAD_BYTES: Final = 4096
 CHUNK_BYTES: Final = 1024 * 1024
+NO_HARD_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What file systems answer that know of none: those of USB sticks, some shares and object stores that are mounted."""
 DEADLINE_S: Final = 30.0
 """For single questions: a store that makes a copy of much memory may stand still for seconds."""
 
@@ -70,29 +73,58 @@ async def make_backup(url: str, path: Path, tell: Callable[[int, int], None]) ->
     """
     _refuse_to_replace(path)
     connection = StoreConnection(url, DEADLINE_S, "backup")
-    draft = path.with_name(f".{path.name}.part")
+    draft: Path | None = None
     try:
-        with _private(draft) as file:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        draft = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
             head = await _write(file, connection, tell)
             os.fsync(file.fileno())
-        draft.rename(path)
+        _give_name(draft, path)
         _sync_folder(path.parent)
+    except FileExistsError:
+        raise _taken(path) from None
     except OSError as error:
         raise BackupError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        if draft is not None:
+            draft.unlink(missing_ok=True)
         await connection.close()
     return head
 
 
 def _refuse_to_replace(path: Path) -> None:
-    if path.exists():
-        raise BackupError(f"{path} exists, and a backup replaces nothing: choose another name")
+    if path.exists():  # before the work is done; that nobody takes the name meanwhile is seen to when it is given
+        raise _taken(path)
+
+
+def _taken(path: Path) -> BackupError:
+    return BackupError(f"{path} exists, and a backup replaces nothing: choose another name")
+
+
+def _give_name(draft: Path, path: Path) -> None:
+    """Give a file its name, and replace none that has it: of two that are given the same one at once, one gets it.
+
+    Raises:
+        FileExistsError: another one has it.
+        OSError: it cannot be given.
+    """
+    try:
+        path.hardlink_to(draft)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        # An empty file takes the name, so that no other run gets it, and is replaced: between the two the file is not whole.
+        _private(path).close()
+        try:
+            draft.replace(path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _private(path: Path) -> BinaryIO:
     """A new file that only its owner may read: results and keys' hashes are in it."""
-    path.unlink(missing_ok=True)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 

@@ -4,6 +4,7 @@ Owns paths and what an answer means to the caller; `manager.client_tasks` has wh
 (`manager.client_address` says where the cluster is) and prints nothing. One client may be used from several threads.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ import httpx
 import msgspec
 
 from manager.client_address import GIVEN, ClusterAddress, checked_url
-from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, WaitTimeout
-from manager.client_tasks import Array, Task, TaskLike, TaskOptions, task_request
-from manager.client_wire import Wire, segment
+from manager.client_errors import ClusterUnreachable, TaskCancelled, WaitTimeout, failure_of
+from manager.client_tasks import WAIT_PATIENCE_S, Array, Task, TaskLike, TaskOptions, task_request
+from manager.client_wire import PATIENCE_S, Wire, checked_idempotency_key, segment
 from manager.core import (
     answers_arrays,
     answers_autoscaler,
@@ -41,9 +42,8 @@ from manager.settings import Secret
 __all__ = ["Array", "Client", "Task", "TaskLike", "TaskOptions", "result_of", "task_request"]
 
 WAIT_STEP_S: Final = 20.0
+EARLY_PAUSE_S: Final = 1.0
 """One long poll: short enough for proxies that cut silent connections."""
-WAIT_PATIENCE_S: Final = 60.0
-"""How long a GET is tried again while waiting for a task, which no restart can lose."""
 RESULT_TRIES: Final = 3
 """Of a large result that breaks off."""
 BATCH_BYTES_MAX: Final = 900 * 1024
@@ -96,8 +96,9 @@ class Client:
 
         Raises:
             InvalidArguments, Infeasible, FunctionNotFound, QuotaExceeded …: the server's words.
-            ClusterUnreachable: no answer came, and nobody knows whether the task was accepted; the same call with
-                ``idempotency_key=error.details["idempotency_key"]`` finds out.
+            ClusterUnreachable, StoreUnavailable: no answer came. Where nobody knows whether the task was accepted, the same
+                call with ``idempotency_key=error.details["idempotency_key"]`` finds out.
+            BadRequest: `idempotency_key` is none that can be sent, or something else cannot be read.
         """
         return Task(self, self._submit(task_request(function, args, **options), idempotency_key).task_id)
 
@@ -123,22 +124,27 @@ class Client:
         return Array(self, accepted.task_id, accepted.count)
 
     def _submit(self, request: rest.TaskRequest, key: str | None) -> answers_tasks.Accepted:
-        return self._wire.submit("/v1/tasks", msgspec.json.encode(request), answers_tasks.Accepted, key or new_id())
+        return self._wire.submit("/v1/tasks", msgspec.json.encode(request), answers_tasks.Accepted, _key(key))
 
-    def submit_many(self, requests: Iterable[rest.TaskRequest]) -> list[Task]:
+    def submit_many(self, requests: Iterable[rest.TaskRequest], *, idempotency_key: str | None = None) -> list[Task]:
         """Submit tasks in as few batches as their number and size allow. Each batch is accepted whole or not at all.
 
-        A number in `after` is the place of an earlier request among these.
+        Args:
+            requests: a number in `after` is the place of an earlier request among these.
+            idempotency_key: as for `submit`; each batch has one that is made of it.
 
         Raises:
-            RocyardError: a batch was refused; `details["accepted"]` holds the ids of the batches before it.
+            RocyardError: a batch was refused, or got no answer; `details["accepted"]` holds the ids of the batches before it.
+                The same call with ``idempotency_key=error.details["idempotency_key"]`` goes on from there: what was accepted is
+                not submitted again.
         """
+        key = _key(idempotency_key)
         tasks: list[Task] = []
-        for body in _batches(requests, tasks):
+        for number, body in enumerate(_batches(requests, tasks)):
             try:
-                accepted = self._wire.submit("/v1/tasks/batch", body, answers_tasks.BatchAccepted, new_id())
+                accepted = self._wire.submit("/v1/tasks/batch", body, answers_tasks.BatchAccepted, _batch_key(key, number))
             except RocyardError as error:
-                error.details["accepted"] = [task.task_id for task in tasks]
+                error.details |= {"accepted": [task.task_id for task in tasks], "idempotency_key": key}
                 raise
             tasks += [Task(self, one.task_id) for one in accepted.tasks]
         return tasks
@@ -165,9 +171,11 @@ class Client:
             left_s = max(end_s - time.monotonic(), 0.0)
             step_s = min(WAIT_STEP_S, left_s)
             query = {"wait": f"{step_s:.3f}"} | _of(tenant)
+            asked_s = time.monotonic()
             view = self._wire.get(_path(task), answers_tasks.TaskView, query, step_s, min(WAIT_PATIENCE_S, left_s))
             if view.status in FINAL:
                 return view
+            _pause_if_early(asked_s, step_s)
             if time.monotonic() >= end_s:
                 raise WaitTimeout(f"Task {view.task_id} is {view.status} after {timeout_s:g} s of waiting; it goes on.")
 
@@ -202,7 +210,9 @@ class Client:
         The last piece comes only if all of them are what was kept.
 
         Raises:
-            TaskFailed, TaskCancelled, NotFinished …: there is none, or none yet; the server's words.
+            TaskFailed, TaskCancelled, NotFinished: there is none, or none yet.
+            ResultMissing: there was one, and its file is gone.
+            ClusterUnreachable: it broke off.
         """
         return self._wire.stream(f"{_path(task)}/result", _of(tenant))
 
@@ -221,11 +231,15 @@ class Client:
         """
         query = {"wait": f"{WAIT_STEP_S:g}"} | _of(tenant)
         while True:
+            asked_s = time.monotonic()
             piece = self._wire.get(f"{_path(task)}/logs", answers_tasks.TaskLog, query, WAIT_STEP_S, WAIT_PATIENCE_S)
-            if piece.stdout or piece.stderr or piece.dropped_bytes:
+            news = piece.stdout or piece.stderr or piece.dropped_bytes
+            if news:
                 yield piece
             if piece.ended:
                 return
+            if not news:
+                _pause_if_early(asked_s, WAIT_STEP_S)
             query["cursor"] = piece.cursor
 
     def attempts(self, task: TaskLike, *, tenant: str | None = None) -> tuple[answers_tasks.AttemptView, ...]:
@@ -279,9 +293,11 @@ class Client:
         """
         return Array(self, array_id, self.array_view(array_id).count)
 
-    def array_view(self, array: Array | str, *, tenant: str | None = None) -> answers_arrays.ArrayView:
-        """How many tasks of an array have ended how."""
-        return self._wire.get(_array_path(array), answers_arrays.ArrayView, _of(tenant))
+    def array_view(
+        self, array: Array | str, *, tenant: str | None = None, patience_s: float = PATIENCE_S
+    ) -> answers_arrays.ArrayView:
+        """How many tasks of an array have ended how; it is tried again for `patience_s` where nothing answers."""
+        return self._wire.get(_array_path(array), answers_arrays.ArrayView, _of(tenant), patience_s=patience_s)
 
     def cancel_array(self, array: Array | str, *, tenant: str | None = None) -> answers_arrays.ArrayCancelled:
         """Ask for the end of all tasks of an array that have not ended."""
@@ -450,10 +466,22 @@ def result_of(view: answers_tasks.TaskView) -> Any:
         case TaskStatus.CANCELLED:
             raise TaskCancelled(view.task_id)
         case _:
-            error = view.error
-            if error is None:
-                raise TaskFailed(view.task_id, "Unknown", "the task failed and left no reason")
-            raise TaskFailed(view.task_id, error.type, error.message, error.traceback)
+            raise failure_of(view.task_id, view.error)
+
+
+def _pause_if_early(asked_s: float, step_s: float) -> None:
+    """An answer without news long before its time: the key has as many waits as it may, and this one was not let wait."""
+    if time.monotonic() - asked_s < step_s / 2:
+        time.sleep(min(EARLY_PAUSE_S, step_s))
+
+
+def _key(given: str | None) -> str:
+    return new_id() if given is None else checked_idempotency_key(given)
+
+
+def _batch_key(key: str, number: int) -> str:
+    """Of one batch of a call, the same whenever the call is made again; a digest, which has room for any key."""
+    return hashlib.sha256(f"{number} {key}".encode()).hexdigest()
 
 
 def _batches(requests: Iterable[rest.TaskRequest], accepted: Sequence[Task]) -> Iterator[bytes]:

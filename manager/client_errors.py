@@ -1,4 +1,4 @@
-"""What the client can tell its caller beyond the server's own errors, and how an answer becomes an exception."""
+"""What the client can tell its caller beyond the errors of `manager.core.errors`, and how an answer becomes an exception."""
 
 from typing import Any, ClassVar, Final
 
@@ -6,6 +6,7 @@ import msgspec
 
 from manager.core import errors
 from manager.core.errors import RocyardError
+from manager.core.model import TaskError
 
 
 class ClusterUnreachable(RocyardError):
@@ -18,7 +19,8 @@ class TaskFailed(RocyardError):
     """The task has failed: `type`, `message` and `traceback` are those of its last attempt."""
 
     def __init__(self, task_id: str, type: str, message: str, traceback: str = "") -> None:  # noqa: A002 -- as on the wire
-        super().__init__(f"{type}: {message} (task {task_id})", task_id=task_id)
+        error = {"type": type, "message": message, "traceback": traceback}
+        super().__init__(f"{type}: {message} (task {task_id})", task_id=task_id, error=error)
         self.task_id = task_id
         self.type = type
         self.message = message
@@ -35,6 +37,12 @@ class TaskCancelled(RocyardError):
         self.task_id = task_id
 
 
+class NotFinished(RocyardError):
+    """The task has not ended: it has no result yet."""
+
+    retryable = True
+
+
 class WaitTimeout(RocyardError, TimeoutError):
     """The task has not ended in the time given; it goes on."""
 
@@ -45,12 +53,26 @@ class UnexpectedAnswer(RocyardError):
     """The server answered something that this client does not understand: are their versions the same?"""
 
 
+def failure_of(task_id: str, error: TaskError | None) -> TaskFailed:
+    """The exception for a task that has failed."""
+    if error is None:
+        return TaskFailed(task_id, "Unknown", "the task failed and left no reason")
+    return TaskFailed(task_id, error.type, error.message, error.traceback)
+
+
 class _Problem(msgspec.Struct, frozen=True):
     """As much of a problem+json as is needed; a proxy's error page has none of it."""
 
     detail: str = ""
     title: str = ""
     code: str = ""
+
+
+class _NoResult(msgspec.Struct, frozen=True):
+    """What a problem adds about a task that has no result."""
+
+    task_id: str
+    error: TaskError | None = None
 
 
 _decode_problem = msgspec.json.Decoder(_Problem).decode
@@ -80,7 +102,9 @@ def _tree(root: type[RocyardError]) -> dict[str, type[RocyardError]]:
     return found
 
 
-_BY_CODE: Final = {name: cls for name, cls in _tree(RocyardError).items() if cls.__module__ == errors.__name__}
+_BY_CODE: Final = {name: cls for name, cls in _tree(RocyardError).items() if cls.__module__ == errors.__name__} | {
+    NotFinished.__name__: NotFinished
+}
 
 
 def error_of(status: int, body: bytes) -> RocyardError:
@@ -88,6 +112,10 @@ def error_of(status: int, body: bytes) -> RocyardError:
     try:
         problem = _decode_problem(body)
         fields = _decode_fields(body)
+        if problem.code in {TaskFailed.__name__, TaskCancelled.__name__}:
+            task = msgspec.convert(fields, _NoResult)
+            failed = problem.code == TaskFailed.__name__
+            return failure_of(task.task_id, task.error) if failed else TaskCancelled(task.task_id)
     except (msgspec.DecodeError, UnicodeDecodeError):
         problem, fields = _Problem(), {}
     cls = _BY_CODE.get(problem.code) or _BY_STATUS.get(status) or RocyardError

@@ -21,6 +21,8 @@ from manager.core.lifecycle import AfterFailed, TaskStatus
 if TYPE_CHECKING:
     from manager.client import Client
 
+WAIT_PATIENCE_S: Final = 60.0
+"""How long a look at what is waited for is tried again: no restart can lose a task."""
 ARRAY_PAUSE_S: Final = (0.1, 2.0)
 """Between two looks at an array that is waited for: the first, and the longest."""
 
@@ -125,14 +127,17 @@ class Array:
         """
         end_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         pause_s = ARRAY_PAUSE_S[0]
-        while (view := self.view()).unfinished:
+        while True:
+            patience_s = min(WAIT_PATIENCE_S, max(end_s - time.monotonic(), 0.0))
+            view = self._client.array_view(self.array_id, patience_s=patience_s)
+            if not view.unfinished:
+                return view
             left_s = end_s - time.monotonic()
             if left_s <= 0:
                 left = f"{view.unfinished} of the {view.count} tasks of array {self.array_id} have not ended"
                 raise WaitTimeout(f"{left} after {timeout_s:g} s of waiting; they go on.")
             time.sleep(min(pause_s, left_s))
             pause_s = min(pause_s * 1.5, ARRAY_PAUSE_S[1])
-        return view
 
     def results(self, timeout_s: float | None = None) -> list[Any]:
         """What each of its tasks returned, by index, once all have ended.

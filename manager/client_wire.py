@@ -39,6 +39,8 @@ PIECE_BYTES: Final = 128 * 1024
 
 _FULL: Final = b'"code":"StoreFull"'
 """This lasts: whoever asks decides for how long it is worth while."""
+_IDEMPOTENCY_KEY: Final = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
+"""What the API takes, less spaces at the ends: these are no part of a header."""
 
 T = TypeVar("T")
 
@@ -69,15 +71,10 @@ class Wire:
         """POST until there is an answer, or `SUBMIT_PATIENCE_S` has gone by without one: however often, it is accepted once.
 
         Raises:
-            ClusterUnreachable: whether it was accepted is not known; `details` has the key, to ask again with.
+            RocyardError: where `details` has the key, whether it was accepted is not known: ask again with that.
         """
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
-        try:
-            return self._again("POST", path, kind, SUBMIT_PATIENCE_S, content=body, headers=headers)
-        except RocyardError as error:
-            if error.retryable:
-                error.details.setdefault("idempotency_key", key)
-            raise
+        return self._again("POST", path, kind, SUBMIT_PATIENCE_S, key, content=body, headers=headers)
 
     def delete(self, path: str, kind: type[T], query: Mapping[str, str] | None = None) -> T:
         """DELETE once."""
@@ -105,20 +102,27 @@ class Wire:
         timeout = httpx.Timeout(ANSWER_S + wait_s, connect=CONNECT_S)
         return self._again("GET", path, kind, patience_s, params=query, timeout=timeout)
 
-    def _again(self, method: str, path: str, kind: type[T], patience_s: float, **request: Any) -> T:
+    def _again(self, method: str, path: str, kind: type[T], patience_s: float, key: str = "", **request: Any) -> T:
+        """As `get`, or `submit` with its key."""
         end_s = time.monotonic() + patience_s
         attempt, unknown = 0, False
         while True:
             try:
                 response = self._http.request(method, path, **request)
-                if response.status_code not in {502, 503, 504} or _FULL in response.content or time.monotonic() >= end_s:
+                passes = response.status_code in {502, 503, 504} and _FULL not in response.content
+                unknown = unknown or (bool(key) and passes)
+                if not passes or time.monotonic() >= end_s:
                     return self._decoded(response, kind)
                 self._answered = True
             except httpx.TransportError as error:
-                unknown = unknown or (method == "POST" and not isinstance(error, httpx.ConnectError))
+                unknown = unknown or (bool(key) and not isinstance(error, httpx.ConnectError))
                 # What has never answered is most likely not there: say so at once, unless it may have taken something.
                 if (not self._answered and not unknown) or time.monotonic() >= end_s:
-                    raise (self._no_answer(error) if unknown else self._unreachable(error)) from error
+                    raise (self._no_answer(error, idempotency_key=key) if unknown else self._unreachable(error)) from error
+            except RocyardError as error:
+                if unknown and error.retryable:
+                    error.details["idempotency_key"] = key
+                raise
             # Full jitter, so that the clients of a restarted API do not come back together.
             time.sleep(min(random.uniform(0, min(PAUSE_S_MAX, 0.1 * 2**attempt)), max(end_s - time.monotonic(), 0)))  # noqa: S311
             attempt += 1
@@ -127,7 +131,7 @@ class Wire:
         """The body of a GET, piece by piece; the last one comes only if all are what the server has.
 
         Raises:
-            ClusterUnreachable: it broke off.
+            ClusterUnreachable: it broke off: the API was stopped, or what it has is damaged, which it tells by that.
             UnexpectedAnswer: what came is not what its digest (``Repr-Digest``) is of.
         """
         digest, held = hashlib.sha256(), b""
@@ -143,9 +147,12 @@ class Wire:
                         yield held
                     held = piece
         except httpx.TransportError as error:
-            if not self._answered:
+            if not self._answered or isinstance(error, httpx.ConnectError):
                 raise self._unreachable(error) from error
-            raise ClusterUnreachable(f"{self.address.url}{path} broke off ({_words(error)}): ask for it again.") from error
+            raise ClusterUnreachable(
+                f"{self.address.url}{path} broke off ({_words(error)}). Ask for it again; if it breaks off there each time, "
+                "its file is damaged, and the log of the API says how: then submit the task again, or put the file back."
+            ) from error
         told = response.headers.get("repr-digest", "")
         if told and told != f"sha-256=:{base64.b64encode(digest.digest()).decode()}:":
             raise UnexpectedAnswer(f"{path} is not what the server says that it has sent: its SHA-256 is {digest.hexdigest()}.")
@@ -168,9 +175,9 @@ class Wire:
             return Unauthorized(f"{refusal} The key came from {self.address.key_source}.", **refusal.details)
         return refusal
 
-    def _no_answer(self, error: httpx.TransportError) -> ClusterUnreachable:
+    def _no_answer(self, error: httpx.TransportError, **details: str) -> ClusterUnreachable:
         return ClusterUnreachable(
-            f"{self.address.url} did not answer ({_words(error)}); whether it did what was asked is not known."
+            f"{self.address.url} did not answer ({_words(error)}); whether it did what was asked is not known.", **details
         )
 
     def _unreachable(self, error: httpx.TransportError) -> ClusterUnreachable:
@@ -199,6 +206,18 @@ def _trusted(address: ClusterAddress) -> ssl.SSLContext | bool:
         return client_context(address.ca)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{address.ca} is no certificate of an authority ({error}): set {CA_VARIABLE} to one") from None
+
+
+def checked_idempotency_key(given: str) -> str:
+    """`given`, which can be sent.
+
+    Raises:
+        BadRequest: it is no key; says what one is.
+    """
+    if not _IDEMPOTENCY_KEY.fullmatch(given):
+        words = "1 to 255 printable ASCII characters, no space at either end."
+        raise BadRequest(f"Idempotency-Key: {words}", field="Idempotency-Key")
+    return given
 
 
 def segment(text: str) -> str:

@@ -15,10 +15,10 @@ from typing import Final
 import msgspec
 
 from manager.core.direct_room import closes_for_direct
-from manager.core.errors import StoreUnavailable
+from manager.core.errors import StoreFull, StoreUnavailable
 from manager.core.ids import new_id
 from manager.core.index import index_of
-from manager.core.leadership import BeatWatch, GivingWay
+from manager.core.leadership import GivingWay
 from manager.core.lifecycle import SlotFlag, SlotStatus
 from manager.core.model import ClusterState, QueueRow
 from manager.core.news import news_of
@@ -29,6 +29,7 @@ from manager.foresight import limits_of
 from manager.group_needs import GroupNeeds
 from manager.leader import Leadership
 from manager.leader_metrics import LeaderMetrics
+from manager.leader_nodes import LeaderNodes
 from manager.leader_refusals import LeaderRefusals
 from manager.leader_results import LeaderResults
 from manager.leader_shares import LeaderShares, retention_of
@@ -56,8 +57,8 @@ GIVE_WAY_S: Final = 15.0
 """A leader that reaches no Dask for so long lets another candidate try: over the time in which a scheduler starts again."""
 STAND_BACK_S: Final = 3.0
 """It leaves the term to others for so long: time for each of them to look whether there is a leader."""
-STAND_STILL_S: Final = 1.0
-"""A round that came so much later than planned means that this process, not the nodes, stood still."""
+CLOCK_SLACK_MS: Final = 60_000
+"""By so much the store's clock may gain on ours within a term, before less is forgotten than it says."""
 
 log = get_logger("rocyard.controller")
 
@@ -84,7 +85,7 @@ class Controller:
         self._announced = False
         self._needs = GroupNeeds(settings)
         self._metrics = LeaderMetrics(settings.node.beat_s * settings.node.lease_beats)
-        self._watch = BeatWatch()
+        self._nodes = LeaderNodes(settings, store, self._token)
         self._shares = LeaderShares(settings, store)
         self._refusals = LeaderRefusals(settings, store)
         self._results = LeaderResults(store, results or NoResults(), self._token)
@@ -92,6 +93,7 @@ class Controller:
         self._swept_s = 0.0
         self._told_workers: dict[str, str] | None = None
         self._kept = False
+        self._clock: tuple[int, float] | None = None
         self._giving_way = GivingWay(GIVE_WAY_S)
         self._dask_error = ""
         self._wake = asyncio.Event()
@@ -109,6 +111,7 @@ class Controller:
     async def run(self) -> None:
         """Look, decide, act, until stopped; then resign."""
         beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._results.run())]
+        self._nodes.start()
         try:
             while not self._stopping:
                 began_s = time.monotonic()
@@ -118,6 +121,7 @@ class Controller:
         finally:
             for task in beside:
                 task.cancel()
+            self._nodes.stop()
             await self.leadership.resign()
             await self.dask.close()
 
@@ -145,7 +149,8 @@ class Controller:
         try:
             if not await self.leadership.step():
                 self._giving_way.stopped()
-                self._looked_s = None
+                self._nodes.forget()
+                self._looked_s = self._clock = None
                 self._announced = False
                 self._shares.forget()
                 self._needs.hide()
@@ -157,6 +162,7 @@ class Controller:
             return again_s
         except StoreUnavailable as error:
             log.warning("round_without_store", error=str(error))
+            self._nodes.deaf()
             return 0.5
         except Exception:
             LOOP_ERRORS.labels(loop="controller").inc()
@@ -167,14 +173,16 @@ class Controller:
         """One round as leader; seconds until the next one is due at the latest."""
         if not self._announced:
             # Who leads, and no other, says where the controller's metrics are: the autoscaler decides from them.
-            await self.store.put_service("controller", self.service)
-            self._announced = True
-        state = self._account(await self.store.look(leader=True))
+            self._announced = await self._say_where("controller", self.service)
+        asked_s = time.monotonic()
+        state = await self.store.look(leader=True)
+        silent_s = self._nodes.silence(state, asked_s, time.monotonic())
+        state = self._account(state)
         for status, count in (await self.store.counts()).items():
             QUEUE_TASKS.labels(status=status).set(count)
-        await self._fence_silent_nodes(state)
-        now_s = time.monotonic()
-        self._metrics.show(state, lambda row: self._watch.unchanged_s(row.node, (row.incarnation, row.beat), now_s))
+        if await self._nodes.fence(state, silent_s):
+            self._wake.set()
+        self._metrics.show(state, lambda row: silent_s[row.node])
         following = await self._due()
         await self._refusals.refuse(self.leadership.token, state)
         await self._sweep(state)
@@ -209,8 +217,6 @@ class Controller:
         """The look with what tenants and shapes have had until now, and what the metrics say."""
         now_s = time.monotonic()
         elapsed_s = 0.0 if self._looked_s is None else now_s - self._looked_s
-        if elapsed_s > self.settings.controller.period_s + STAND_STILL_S:
-            self._watch.forgive(elapsed_s)
         self._looked_s = now_s
         by_status: dict[SlotStatus, int] = dict.fromkeys(SlotStatus, 0)
         for slot in state.slots:
@@ -235,19 +241,6 @@ class Controller:
             tell = log.debug if counts.keys() == {"retried"} else log.info  # a herd of retries is nobody's news
             tell("tasks_moved_on", **counts)
         return following
-
-    async def _fence_silent_nodes(self, state: ClusterState) -> None:
-        lease_s = self.settings.node.beat_s * self.settings.node.lease_beats
-        now_s = time.monotonic()
-        for row in state.nodes:
-            silent_s = self._watch.unchanged_s(row.node, (row.incarnation, row.beat), now_s)
-            if row.left or row.fenced or silent_s < lease_s:
-                continue
-            done, slots = await self.store.lost(self.leadership.token, row.node, row.incarnation)
-            if done:
-                log.warning("node_lost", node=row.node, incarnation=row.incarnation, silent_s=silent_s, slots=slots)
-                self._wake.set()
-        self._watch.keep(row.node for row in state.nodes)
 
     async def _pass_mix(self, state: ClusterState) -> None:
         """What the scheduler has learned of requests goes into the store; one that has just started is given it back."""
@@ -307,8 +300,18 @@ class Controller:
             log.warning("dask_unavailable", error=str(error))
             return
         for name, place in places.items():
-            await self.store.put_service(name, msgspec.json.encode({"metrics_url": f"{scheme}://{place}/metrics"}))
+            if not await self._say_where(name, msgspec.json.encode({"metrics_url": f"{scheme}://{place}/metrics"})):
+                return
         self._told_workers = workers
+
+    async def _say_where(self, name: str, blob: bytes) -> bool:
+        """Say where a process is. False: the store is full, which is no reason not to lead: only leaders make room in it."""
+        try:
+            await self.store.put_service(name, blob)
+        except StoreFull as error:
+            log.debug("service_not_announced", service=name, error=str(error))
+            return False
+        return True
 
     async def _drop(self, slots: list[str], reason: str) -> frozenset[str]:
         if not slots:
@@ -352,12 +355,20 @@ class Controller:
             log.info("slot_requested", slot=slot_id, shape=queue.shape_id, memory_bytes=needs.memory_bytes, gpus=needs.gpus)
             await self.dask.submit(slot_id, queue.shape, "", needs)
 
+    def _steady_ms(self, store_ms: int, now_s: float) -> int:
+        """The time by which things are forgotten: the store's, but a jump forward of its clock within a term is none."""
+        if self._clock is None:
+            self._clock = (store_ms, now_s)
+        first_ms, first_s = self._clock
+        return min(store_ms, first_ms + int((now_s - first_s) * 1000) + CLOCK_SLACK_MS)
+
     async def _sweep(self, state: ClusterState) -> None:
         now_s = time.monotonic()
         if now_s - self._swept_s < SWEEP_S:
             return
-        usual, tenants = retention_of(self.settings, state.now_ms)
-        closed_before = state.now_ms - int(TOMBSTONE_S * 1000)
+        now_ms = self._steady_ms(state.now_ms, now_s)
+        usual, tenants = retention_of(self.settings, now_ms)
+        closed_before = now_ms - int(TOMBSTONE_S * 1000)
         tasks = slots = files = 0
         self._swept_s = 0.0  # unless all of it is done below, the next round goes on
         for _ in range(SWEEP_CALLS_MAX):

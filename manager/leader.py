@@ -69,9 +69,7 @@ class Leadership:
 
     async def _try(self, began_s: float) -> None:
         _, token, beat, holder = await self.store.lead(self.holder, 0, 0, "read", self.role)
-        # The holder may have renewed until the answer came: its silence counts from there, and up to this call's start.
-        answered_s = self.clock()
-        silent_s = self._watch.unchanged_s("leader", (token, beat, holder), answered_s) - (answered_s - began_s)
+        silent_s = self._watch.silent_s("leader", (token, beat, holder), began_s, self.clock())
         if holder and silent_s < self.term_s:
             return
         taken, token, *_ = await self.store.lead(self.holder, token, beat, "take", self.role)

@@ -44,8 +44,11 @@ class LeaderRefusals:
                 log.warning("tasks_refused", shape=queue.shape_id, tasks=failed, reason=reason, nearest=refusal.node)
 
     def _capacity_of(self, state: ClusterState) -> Capacity:
-        """That of the nodes that are there. With none known nothing can be said: some may be on their way."""
-        there = tuple((row.node, row.info) for row in state.nodes if not row.left)
+        """That of the nodes that are known. One that has left counts: a restart is no reason to give up what only it can hold.
+        With none there nothing can be said: some may be on their way.
+        """
+        any_there = any(not row.left for row in state.nodes)
+        there = tuple((row.node, row.info) for row in state.nodes) if any_there else ()
         if there != self._there:
             self._there, self._capacity = there, Capacity.of(there, self._groups if there else ())
         return self._capacity

@@ -37,6 +37,7 @@ TASK_RETRIES = Counter("rocyard_task_retries_total", "Tasks that are run again, 
 TIMED_STEPS = Counter("rocyard_timed_steps_total", "Tasks that time or another's end has moved on, by how.", ("step",))
 REFUSED_TASKS = Counter("rocyard_refused_tasks_total", "Tasks that ran out of device memory, and that nothing holds with more.")
 RESULTS_REMOVED = Counter("rocyard_results_removed_total", "Results and folders of checkpoints that were removed.", ("why",))
+RESULTS_REFUSED = Gauge("rocyard_results_refused", "1 while no scan removes results: they are not known to be the cluster's.")
 QUEUE_TASKS = Gauge("rocyard_queue_tasks", "Tasks by status; final ones as long as they are kept.", ("status",))
 QUEUE_OLDEST_WAIT = Gauge("rocyard_queue_oldest_wait_seconds", "How long the longest waiting task has been queued.")
 TENANT_TASKS = Gauge(

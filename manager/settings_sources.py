@@ -26,6 +26,8 @@ RESERVED_VARIABLES: Final = frozenset(
         "ROCYARD_OLD_NAMES",
         "ROCYARD_TASK_ID",
         "ROCYARD_ATTEMPT",
+        "ROCYARD_ARRAY_INDEX",
+        "ROCYARD_ARRAY_COUNT",
         "ROCYARD_SIMULATED_DEVICES",
         "ROCYARD_SIMULATED_DIR",
     }

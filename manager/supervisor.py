@@ -22,7 +22,7 @@ import msgspec
 
 from manager import ports
 from manager.children import Child, Command
-from manager.core.errors import RocyardError, StartError, StoreReplaced, StoreTooNew, StoreUnavailable
+from manager.core.errors import RocyardError, StartError, StoreFull, StoreReplaced, StoreTooNew, StoreUnavailable
 from manager.core.lifecycle import REMOVED_EXIT
 from manager.core.requests import KeyScope
 from manager.fleet import Fleet, base_nodes, with_simulated_group
@@ -165,7 +165,8 @@ class Supervisor:
         secure = metrics_context(self.settings, Role.CONTROLLER, host)
         port, self._stop_metrics = serve_metrics(host, 0, secure)
         record = {"pid": os.getpid(), "metrics_url": metrics_url(host, port, secure)}
-        await store.put_service("supervisor", msgspec.json.encode(record))
+        with contextlib.suppress(StoreFull):  # work goes on, and only who leads it makes room
+            await store.put_service("supervisor", msgspec.json.encode(record))
 
     def _trusted(self) -> ssl.SSLContext | bool:
         """What httpx is to believe the API."""

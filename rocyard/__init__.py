@@ -13,7 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, UnexpectedAnswer, WaitTimeout
+    from manager.client_errors import (
+        ClusterUnreachable,
+        NotFinished,
+        TaskCancelled,
+        TaskFailed,
+        UnexpectedAnswer,
+        WaitTimeout,
+    )
     from manager.client_tasks import Array, Task, task_request
     from manager.core.errors import (
         BadRequest,
@@ -65,6 +72,7 @@ __all__ = [
     "InvalidArguments",
     "MemoryExceeded",
     "NameTaken",
+    "NotFinished",
     "NotFound",
     "QuotaExceeded",
     "ResultMissing",
@@ -100,6 +108,7 @@ _ELSEWHERE: Final = {
     "Task": "manager.client_tasks",
     "task_request": "manager.client_tasks",
     "ClusterUnreachable": "manager.client_errors",
+    "NotFinished": "manager.client_errors",
     "TaskCancelled": "manager.client_errors",
     "TaskFailed": "manager.client_errors",
     "UnexpectedAnswer": "manager.client_errors",

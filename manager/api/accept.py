@@ -25,6 +25,7 @@ from manager.api.submissions import (
     refuse_in_batch,
     refuse_infeasible,
     refuse_late,
+    refuse_tangled,
     submission_of,
 )
 from manager.api.watch import ClusterWatch
@@ -58,8 +59,18 @@ IDEMPOTENCY_KEY: Final = Header(
     "new is accepted, and the answer says `replayed`. With another body it is refused.",
 )
 REPLAYED: Final = (b"idempotency-replayed", b"true")
+_NO_NAME: Final = ("", "")
 
 _encode = msgspec.json.Encoder().encode
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """A task or an array that is asked for: with its arguments as plain values, and its digest where something names it."""
+
+    request: TaskRequest
+    args: dict[str, object]
+    task_id: str
+    digest: str
 
 
 class SubmitRoutes:
@@ -85,9 +96,9 @@ class SubmitRoutes:
         request, args = task_request(body)
         given = call.idempotency_key
         digest = digest_of(json.loads(body)) if given is not None or request.name is not None else ""
-        made = await self._checked(request, args, call.key.tenant, new_id() if request.count is None else array_id(), digest)
+        task_id = new_id() if request.count is None else array_id()
         key = None if given is None else idempotency_key(given, digest)
-        reply = await self._accept(call.key.tenant, [(request, made)], key)
+        reply = await self._accept(call.key.tenant, [_Asked(request, args, task_id, digest)], key)
         if request.count is not None:
             return await self._array_accepted(reply, request.count)
         task_id, status = reply.tasks[0]
@@ -111,51 +122,82 @@ class SubmitRoutes:
         """Accept tasks, all or none."""
         body = await call.json_body(self._settings.api.body_bytes_max)
         parse_query(call.query, ())
-        tenant, given = call.key.tenant, call.idempotency_key
-        asked = batch_request(body)
-        refuse_in_batch([request for request, _ in asked])
-        named = any(request.name is not None for request, _ in asked)
+        given = call.idempotency_key
+        found = batch_request(body)
+        refuse_in_batch([request for request, _ in found])
+        named = any(request.name is not None for request, _ in found)
         tree = json.loads(body) if named or given is not None else {}
-        ids = [new_id() for _ in asked]
-        made: list[tuple[TaskRequest, Submission]] = []
-        for number, (request, args) in enumerate(asked):
-            digest = digest_of(tree["tasks"][number]) if request.name is not None else ""
-            within = f"tasks[{number}]."
-            made.append((request, await self._checked(request, args, tenant, ids[number], digest, within, ids[:number])))
-        reply = await self._accept(tenant, made, None if given is None else idempotency_key(given, digest_of(tree)), batch=True)
+        asked = [
+            _Asked(request, args, new_id(), digest_of(tree["tasks"][number]) if request.name is not None else "")
+            for number, (request, args) in enumerate(found)
+        ]
+        key = None if given is None else idempotency_key(given, digest_of(tree))
+        reply = await self._accept(call.key.tenant, asked, key, batch=True)
         again = reply.replayed
         accepted = tuple(Accepted(task_id, status, replayed=again) for task_id, status in reply.tasks)
         return Reply(202, _encode(BatchAccepted(accepted, again)), [REPLAYED] if again else None)
 
-    async def _checked(
-        self,
-        request: TaskRequest,
-        args: dict[str, object],
-        tenant: str,
-        task_id: str,
-        digest: str,
-        within: str = "",
-        before: Sequence[str] | None = None,
-    ) -> Submission:
-        function = self._functions.known(request.function) or await self._functions.find(request.function)
-        if request.count is None:
-            function.check(args, f"{within}args")
-        else:
-            function.check_array(args, "args", request.index_as, request.count)
-        after = parents_of(request, before, within) if request.after else ()
-        return submission_of(request, function.published, tenant, task_id, self._settings, within, after, digest)
-
     async def _accept(
-        self, tenant: str, made: Sequence[tuple[TaskRequest, Submission]], key: IdempotencyKey | None, *, batch: bool = False
+        self, tenant: str, asked: Sequence[_Asked], key: IdempotencyKey | None, *, batch: bool = False
     ) -> SubmitReply:
         """Hand them to the store. What would be refused now may have been accepted before, under the same key or names."""
-        submissions = [submission for _, submission in made]
         try:
-            self._refuse_hopeless(made, batch=batch)
-        except RocyardError as refusal:
-            if key is None and not any(submission.spec.name for submission in submissions):
+            submissions = await self._checked(tenant, asked, batch=batch)
+            return await self._submit(tenant, submissions, key)
+        except (StoreUnavailable, QuotaExceeded, IdempotencyConflict, NameTaken):
+            raise  # the store cannot tell, or has told
+        except RocyardError:
+            named = [(one.request.name, one.digest) if one.request.name is not None else _NO_NAME for one in asked]
+            if key is None and not any(name for name, _ in named):
                 raise
-            return await self._known_before(tenant, submissions, key, refusal)
+            known = await self._store.known(tenant, key, named)
+            if known is None:
+                raise
+            return known
+
+    async def _checked(self, tenant: str, asked: Sequence[_Asked], *, batch: bool) -> list[Submission]:
+        """What the store takes, if none of it would be refused.
+
+        Raises:
+            RocyardError: says what is wrong, and in which task.
+        """
+        made: list[Submission] = []
+        links = 0
+        for number, one in enumerate(asked):
+            request = one.request
+            within = f"tasks[{number}]." if batch else ""
+            function = self._functions.known(request.function) or await self._functions.find(request.function)
+            if request.count is None:
+                function.check(one.args, f"{within}args")
+            else:
+                function.check_array(one.args, "args", request.index_as, request.count)
+            after: tuple[str, ...] = ()
+            if request.after:
+                before = [one.task_id for one in asked[:number]] if batch else None
+                after = parents_of(request, before, within)
+                links += len(after) * (request.count or 1)
+            submission = submission_of(
+                request, function.published, tenant, one.task_id, self._settings, within, after, one.digest
+            )
+            self._refuse_hopeless(request, submission, within)
+            made.append(submission)
+        refuse_tangled(links, "tasks" if batch else "after")
+        return made
+
+    def _refuse_hopeless(self, request: TaskRequest, submission: Submission, within: str) -> None:
+        """Refuse what no device could ever hold, and what should have ended already.
+
+        Raises:
+            Infeasible, DeadlinePassed, BadRequest: says where.
+        """
+        snapshot = self._watch.snapshot
+        if snapshot is not None and not request.allow_infeasible:
+            refuse_infeasible(submission.shape, submission.spec.resources, snapshot.capacity, within)
+        if request.deadline is not None:
+            now_ms = time.time_ns() // 1_000_000 if snapshot is None else snapshot.store_now_ms()
+            refuse_late(submission.spec, now_ms, within)
+
+    async def _submit(self, tenant: str, submissions: Sequence[Submission], key: IdempotencyKey | None) -> SubmitReply:
         limits = self._settings.tenants.get(tenant, self._settings.tenant)
         snapshot = self._watch.snapshot
         if snapshot is not None:
@@ -170,34 +212,6 @@ class SubmitRoutes:
         if reply.replayed:
             self._forget(submissions)
         return reply
-
-    def _refuse_hopeless(self, made: Sequence[tuple[TaskRequest, Submission]], *, batch: bool) -> None:
-        """Refuse what no device could ever hold, and what should have ended already.
-
-        Raises:
-            Infeasible, DeadlinePassed, BadRequest: says in which task.
-        """
-        snapshot = self._watch.snapshot
-        for number, (request, submission) in enumerate(made):
-            within = f"tasks[{number}]." if batch else ""
-            if snapshot is not None and not request.allow_infeasible:
-                refuse_infeasible(submission.shape, submission.spec.resources, snapshot.capacity, within)
-            if request.deadline is not None:
-                now_ms = time.time_ns() // 1_000_000 if snapshot is None else snapshot.store_now_ms()
-                refuse_late(submission.spec, now_ms, within)
-
-    async def _known_before(
-        self, tenant: str, submissions: list[Submission], key: IdempotencyKey | None, refusal: RocyardError
-    ) -> SubmitReply:
-        """What the same request was answered before; with no room for any task, the store accepts nothing new.
-
-        Raises:
-            RocyardError: `refusal`, where there was no such request.
-        """
-        try:
-            return await self._store.submit(tenant, 0, submissions, key)
-        except (QuotaExceeded, UnknownDependency):
-            raise refusal from None
 
     def _forget(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:

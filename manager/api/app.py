@@ -49,7 +49,8 @@ from manager.store import Store
 from manager.store.connection import StoreReplyError
 
 IN_HAND_MAX: Final = 512
-"""Requests at once, those that wait included; above, a caller is asked to come again."""
+"""Requests at once, those that wait included; above, a caller is asked to come again. Probes are answered all the same: who
+watches them would restart the process for being busy."""
 SLOW_S: Final = 2.0
 """A request that took longer, and did not ask to wait, is logged."""
 METHODS: Final = frozenset({"GET", "POST", "DELETE"})
@@ -100,6 +101,7 @@ class Api(Litestar):
         self.ends = Ends(self.store.task, self._events)
         self.auth = Authenticator(self.store, settings.api.key_cache_s, settings.api.key)
         docs = DocsRoutes()
+        health = HealthRoutes(self.store, self.watch).operations()
         current = (
             *SubmitRoutes(self.store, settings, self.functions, self.watch, self.ends).operations(),
             *TaskRoutes(self.store, settings, self.ends).operations(),
@@ -111,7 +113,7 @@ class Api(Litestar):
             *JoinRoutes(settings).operations(),
             *AutoscalerRoutes(self.store, settings).operations(),
             *LifecycleRoutes(self.store, settings, self.functions, self.watch).operations(),
-            *HealthRoutes(self.store, self.watch).operations(),
+            *health,
             *TargetRoutes(self.store).operations(),
             *docs.operations(),
         )
@@ -120,6 +122,7 @@ class Api(Litestar):
         self._meters = {operation.name: _Meter(operation) for operation in self.operations}
         by_name = {operation.name: operation for operation in self.operations}
         self._submit, self._get = by_name["submit_task"], by_name["get_task"]
+        self._probed = frozenset(operation.path for operation in (*health, *old_operations(health)))
         self._in_hand = 0
         super().__init__(
             route_handlers=[self._route(operation) for operation in self.operations],
@@ -146,7 +149,7 @@ class Api(Litestar):
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
-        if self._in_hand > IN_HAND_MAX:
+        if self._in_hand > IN_HAND_MAX and path not in self._probed:
             await refusal(problems.Overloaded(), scope, receive)(scope, receive, send)
         elif method == "POST" and path == "/v1/tasks":
             await (await self.answer(self._submit, Call(scope, receive)))(scope, receive, send)

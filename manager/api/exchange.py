@@ -36,7 +36,7 @@ BASE_HEADERS: Final[Headers] = [
 ]
 _WANTED: Final = frozenset({
     *(b"authorization", b"content-type", b"content-encoding", b"content-length"),
-    *(b"idempotency-key", b"x-request-id"),
+    *(b"transfer-encoding", b"idempotency-key", b"x-request-id"),
 })  # fmt: skip
 _IDEMPOTENCY_KEY: Final = re.compile(rb"[\x20-\x7e]{1,255}")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9-]{1,64}")
@@ -94,8 +94,8 @@ class Call:
 
     @property
     def has_body(self) -> bool:
-        """Whether it says of what kind its body is: who sends none says nothing."""
-        return b"content-type" in self._headers
+        """Whether a body comes with it, of whatever type; one that is told to have no bytes is none."""
+        return b"transfer-encoding" in self._headers or int(self._headers.get(b"content-length", b"0")) > 0
 
     async def json_body(self, bytes_max: int) -> bytes:
         """The body, if it says that it is JSON and is not over the limit.

@@ -6,15 +6,19 @@ Handlers parse, call and encode; what is said is `manager.core`'s. What follows 
 import asyncio
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
 
 from manager.api.body import batch_request, checked_json, plan_request
 from manager.api.cluster import VERSION
-from manager.api.exchange import Call, Reply
+from manager.api.exchange import Call, Disconnected, Reply
 from manager.api.functions import Functions, FunctionUnavailable
 from manager.api.operations import Operation
+from manager.api.places import PLANS_MAX, Places
+from manager.api.problems import Overloaded
 from manager.api.query import parse_query
 from manager.api.scaling import scaling_of
 from manager.api.submissions import submission_of
@@ -32,12 +36,12 @@ from manager.core.errors import (
     UnsupportedMediaType,
 )
 from manager.core.explain import NOTHING_PENDING, Explanation, Parent, Pending, explain
-from manager.core.foresee import PlanView, When, Wish, foresee
+from manager.core.foresee import Forecast, PlanView, When, Wish, foresee
 from manager.core.ids import is_array_id
 from manager.core.lifecycle import FINAL, TaskStatus
 from manager.core.mix import NO_MIX, Mix
 from manager.core.model import ClusterState, TaskRecord, priority_of, priority_offset
-from manager.core.requests import KeyScope, PlanRequest
+from manager.core.requests import PLAN_KINDS_MAX, KeyScope, PlanRequest
 from manager.core.snapshot import Snapshot, encode_snapshot, snapshot_of
 from manager.core.waiting import Place
 from manager.foresight import setup_of
@@ -49,6 +53,8 @@ SHAPES_ASKED_MAX: Final = 256
 KEPT_S: Final = 5.0
 KEPT_S_MAX: Final = 30.0
 """What is held and kept is worked out anew once it is older than the first, and waited for once it is older than the second."""
+TURN_S: Final = 10.0
+"""A plan waits this long for others to be worked out: in time for its answer, or a refusal, to reach our own client."""
 _ORDER: Final = (When.NOW, When.LATER, When.AFTER_SCALE_UP, When.NEVER)
 assert set(_ORDER) == set(When)
 
@@ -75,6 +81,8 @@ class ForesightRoutes:
         self._kept = Kept()
         self._kept_s = float("-inf")
         self._refreshing: asyncio.Task[None] | None = None
+        self._places = Places(PLANS_MAX)
+        self._planning = asyncio.Lock()
 
     async def explain(self, call: Call) -> Reply:
         """Why the task is where it is."""
@@ -91,17 +99,55 @@ class ForesightRoutes:
 
     async def plan(self, call: Call) -> Reply:
         """What would happen to tasks that are not submitted."""
-        body = await call.json_body(self._settings.api.body_bytes_max)
-        tenant = tenant_of(call, parse_query(call.query, ("tenant",)).get("tenant"))
-        wishes = await self._wishes(body, tenant)
-        look, ahead = await self._ahead(FRESH_S)
-        leads = look.leader.beating is not False
-        found = await asyncio.to_thread(foresee, wishes, ahead, self._setup_for(look), look.silent, leads=leads)
+        if not self._places.take(call.key.key_id):
+            raise Overloaded("This key has as many plans at work or waiting as it may; ask again once one is answered.")
+        try:
+            body = await call.json_body(self._settings.api.body_bytes_max)
+            tenant = tenant_of(call, parse_query(call.query, ("tenant",)).get("tenant"))
+            wishes = await self._wishes(body, tenant)
+            look, found = await self._foreseen(wishes, call)
+        finally:
+            self._places.leave(call.key.key_id)
         before = {change.group: change.need_before for change in found[0].groups}
         grown = {change.group: change.need_after for change in found[-1].groups if change.need_after > before[change.group]}
         scaling = scaling_of(look.state, grown, self._settings) if grown else ()
         when = max((forecast.when for forecast in found), key=_ORDER.index)
-        return Reply(200, _encode(PlanView(when, found, scaling)))
+        return Reply(200, _encode(PlanView(when, tuple(found), scaling)))
+
+    async def _foreseen(self, wishes: Sequence[Wish], call: Call) -> tuple[Look, list[Forecast]]:
+        """The forecasts, worked out in threads, one plan at a time: they share the interpreter with all other requests.
+
+        Raises:
+            Overloaded: its turn did not come in time.
+            Disconnected: nobody waits for the answer any more.
+        """
+        gone = asyncio.create_task(call.gone())
+        try:
+            async with self._turn():
+                look, ahead = await self._ahead(FRESH_S)
+                leads = look.leader.beating is not False
+                steps = foresee(wishes, ahead, self._setup_for(look), look.silent, leads=leads)
+                found: list[Forecast] = []
+                while not gone.done():
+                    forecast = await asyncio.to_thread(next, steps, None)
+                    if forecast is None:
+                        return look, found
+                    found.append(forecast)
+                raise Disconnected
+        finally:
+            gone.cancel()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(TURN_S):
+                await self._planning.acquire()
+        except TimeoutError:
+            raise Overloaded("Other plans are being worked out; ask again.") from None
+        try:
+            yield
+        finally:
+            self._planning.release()
 
     async def snapshot(self, call: Call) -> Reply:
         """All that a decision needs, to be replayed elsewhere."""
@@ -189,6 +235,12 @@ class ForesightRoutes:
                 function.check(args, f"{within}args")
             made = submission_of(request, function.published, tenant, "", self._settings, within)
             counts[Wish(made.shape, 1, made.spec.priority)] += count
+        if len(counts) > PLAN_KINDS_MAX:
+            raise BadRequest(
+                f"tasks: they are of {len(counts)} kinds, by what they need and their priority, and one plan is of at most "
+                f"{PLAN_KINDS_MAX}. Ask in several.",
+                field="tasks",
+            )
         return [Wish(wish.shape, count, wish.priority) for wish, count in counts.items()]
 
     def operations(self) -> tuple[Operation, ...]:

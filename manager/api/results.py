@@ -5,14 +5,16 @@ Owns how a stream ends: what is not all that was kept never looks complete, sinc
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from manager.api.exchange import Call, Headers, Receive, Reply, Scope, Send
 from manager.api.operations import Operation
-from manager.api.problems import NotFinished, TaskCancelled, TaskFailed
+from manager.api.places import STREAMS_MAX, Places
+from manager.api.problems import NotFinished, Overloaded, TaskCancelled, TaskFailed
 from manager.api.query import parse_query
 from manager.api.tasks import TENANT, addressed
 from manager.core.errors import NotFound, ResultMissing
@@ -36,15 +38,17 @@ class FileReply(Reply):
         file: its size and checksum, which go before it.
         pieces: of the results store.
         call: tells when the peer has gone.
+        ended: called once nothing more will be sent.
     """
 
-    __slots__ = ("_call", "_file", "_pieces")
+    __slots__ = ("_call", "_ended", "_file", "_pieces")
 
-    def __init__(self, file: ResultFile, pieces: AsyncIterator[bytes], call: Call) -> None:
+    def __init__(self, file: ResultFile, pieces: AsyncIterator[bytes], call: Call, ended: Callable[[], None]) -> None:
         super().__init__(200, b"", headers_of(file))
         self._file = file
         self._pieces = pieces
         self._call = call
+        self._ended = ended
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         """Send it; where it breaks off, the connection does too, and so nobody takes a part for the whole."""
@@ -62,6 +66,7 @@ class FileReply(Reply):
         except TimeoutError:
             log.info("a reader of a result takes nothing", name=self._file.name)
         finally:
+            self._ended()
             gone.cancel()
             await self._pieces.aclose()  # type: ignore[attr-defined]  # generators have it, and only they are given
 
@@ -88,6 +93,7 @@ class ResultRoutes:
     def __init__(self, store: Store, results: ResultStore) -> None:
         self._store = store
         self._results = results
+        self._places = Places(STREAMS_MAX)
 
     async def result(self, call: Call) -> Reply:
         """What the function returned, as it is."""
@@ -97,8 +103,19 @@ class ResultRoutes:
             raise NotFound("There is no such task.")
         check_succeeded(record)
         if record.result_file is not None:
-            return FileReply(record.result_file, await self._results.open(record.result_file), call)
+            return await self._streamed(record.result_file, call)
         return Reply(200, record.result or b"null")
+
+    async def _streamed(self, file: ResultFile, call: Call) -> FileReply:
+        key_id = call.key.key_id
+        if not self._places.take(key_id):
+            raise Overloaded(f"This key reads {STREAMS_MAX} large results already; ask again once one has been read.")
+        try:
+            pieces = await self._results.open(file)
+        except BaseException:
+            self._places.leave(key_id)
+            raise
+        return FileReply(file, pieces, call, partial(self._places.leave, key_id))
 
     def operations(self) -> tuple[Operation, ...]:
         """The routes."""

@@ -19,7 +19,7 @@ from manager.api.app import Api, create_app
 from manager.api.cluster import VERSION
 from manager.api.protocol import LimitedProtocol
 from manager.core.addresses import in_url, is_wildcard
-from manager.core.errors import SettingsError, StartError, StoreUnavailable
+from manager.core.errors import SettingsError, StartError, StoreFull, StoreUnavailable
 from manager.log import configure_logging, get_logger
 from manager.settings import Settings
 from manager.store import Store
@@ -189,6 +189,6 @@ async def _keep_registered(store: Store, url: str) -> None:
     host = socket.gethostname()
     while True:
         record = _Service(os.getpid(), host, url, f"{url}/metrics", VERSION, time.time_ns() // 1_000_000)
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailable, StoreFull):
             await store.put_service(f"api:{host}:{url.rpartition(':')[2]}", msgspec.json.encode(record))
         await asyncio.sleep(REGISTER_S)

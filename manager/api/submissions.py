@@ -17,7 +17,7 @@ from manager.core.ids import is_id
 from manager.core.model import IdempotencyKey, Submission, TaskSpec
 from manager.core.node_kinds import Capacity
 from manager.core.quantities import format_duration, format_memory, parse_duration
-from manager.core.requests import ResourceRequest, TaskRequest, priority_of
+from manager.core.requests import LINKS_MAX, ResourceRequest, TaskRequest, priority_of
 from manager.core.shapes import Resources, Shape, shape_id, shape_of
 from manager.core.wanted import WrongField, resources_of
 from manager.settings import Settings
@@ -58,6 +58,11 @@ def submission_of(
     start_s, total_s, deadline_ms = _limits(request, within) if _is_limited(request) else (0.0, 0.0, 0)
     if request.index_as is not None and request.count is None:
         raise BadRequest(f"{within}index_as: only an array has an index; give 'count' too.", field=f"{within}index_as")
+    if request.retry_on and request.max_attempts == 1:
+        raise BadRequest(
+            f"{within}retry_on: the task has one attempt, so no error is worth another; give 'max_attempts' of 2 or more too.",
+            field=f"{within}retry_on",
+        )
     spec = TaskSpec(
         function=request.function,
         args=request.args,
@@ -113,6 +118,20 @@ def parents_of(request: TaskRequest, before: Sequence[str] | None, within: str =
         else:
             found[before[parent]] = None
     return tuple(found)
+
+
+def refuse_tangled(links: int, field: str) -> None:
+    """Refuse a request whose tasks come after too many others, counted for each of them.
+
+    Raises:
+        BadRequest: says what would do instead.
+    """
+    if links > LINKS_MAX:
+        raise BadRequest(
+            f"{field}: the tasks of this request come after {links:,} others, counted for each of them; at most "
+            f"{LINKS_MAX:,} can be. Submit one task that comes after those others, and let these come after that one.",
+            field=field,
+        )
 
 
 def refuse_in_batch(requests: Sequence[TaskRequest]) -> None:

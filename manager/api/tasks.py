@@ -10,10 +10,11 @@ from typing import Final
 import msgspec
 
 from manager.api.cursors import decode_cursor, encode_cursor
-from manager.api.ends import Ends
+from manager.api.ends import Ends, Remembered
 from manager.api.exchange import Call, Reply
 from manager.api.logs import BEGINNING, Cursor, LogFollowers, extent_of, log_since, parse_cursor
 from manager.api.operations import Operation, Parameter
+from manager.api.places import WAITS_MAX, Places
 from manager.api.query import one_of, parse_query, wait_s, whole_number, yes_or_no
 from manager.core.answers_tasks import AttemptList, Cancelled, TaskLog, TaskPage, TaskView, attempts_of, summary_of, view_of
 from manager.core.errors import BadRequest, Forbidden, NotFound
@@ -52,6 +53,7 @@ class TaskRoutes:
         self._settings = settings
         self._ends = ends
         self._followers = LogFollowers(store, ends)
+        self._waits = Places(WAITS_MAX)
 
     # --- one task -----------------------------------------------------------------------------------------------
 
@@ -59,27 +61,35 @@ class TaskRoutes:
         """One task, at once or once it has ended: the other half of the hot path."""
         query = parse_query(call.query, _GET)
         task_id, tenant = addressed(call, query.get("tenant"))
-        if "args" in query and yes_or_no(query, "args"):
-            return Reply(200, _encode(view_of(await self._record(task_id, tenant), with_args=True)))
-        ends = self._ends
-        known = ends.known(task_id, tenant)
-        if known is not None and (body := known.final_body()) is not None:
-            return Reply(200, body)
         patience_s = wait_s(query["wait"], self._settings.api.wait_s_max) if "wait" in query else 0.0
-        if patience_s > 0:
-            waiter = ends.register(task_id)
+        with_args = "args" in query and yes_or_no(query, "args")
+        known = self._ends.known(task_id, tenant)
+        body = None if known is None else known.final_body()
+        if body is None and patience_s > 0 and self._waits.take(call.key.key_id):
             try:
-                if known is None or not ends.goes_on(known):
-                    record = await self._record(task_id, tenant)
-                    if record.status in FINAL:
-                        return self._shown(record)
-                await ends.wait(waiter, patience_s, call.gone)
+                body = await self._until_ended(task_id, tenant, known, patience_s, call)
             finally:
-                ends.unregister(task_id, waiter)
-            known = ends.known(task_id, tenant)
-            if known is not None and (body := known.final_body()) is not None:
-                return Reply(200, body)
-        return self._shown(await self._record(task_id, tenant))
+                self._waits.leave(call.key.key_id)
+        if with_args:  # what is remembered has none
+            return Reply(200, _encode(view_of(await self._record(task_id, tenant), with_args=True)))
+        return Reply(200, self._shown(await self._record(task_id, tenant)) if body is None else body)
+
+    async def _until_ended(
+        self, task_id: str, tenant: str, known: Remembered | None, patience_s: float, call: Call
+    ) -> bytes | None:
+        """The answer for a task that has ended, or ends in that time; None where it has to be read."""
+        ends = self._ends
+        waiter = ends.register(task_id)
+        try:
+            if known is None or not ends.goes_on(known):
+                record = await self._record(task_id, tenant)
+                if record.status in FINAL:
+                    return self._shown(record)
+            await ends.wait(waiter, patience_s, call.gone)
+        finally:
+            ends.unregister(task_id, waiter)
+        known = ends.known(task_id, tenant)
+        return None if known is None else known.final_body()
 
     async def cancel(self, call: Call) -> Reply:
         """Ask for a task's end."""
@@ -97,8 +107,12 @@ class TaskRoutes:
         cursor = parse_cursor(query["cursor"]) if "cursor" in query else BEGINNING
         patience_s = wait_s(query["wait"], self._settings.api.wait_s_max) if "wait" in query else 0.0
         found, extent = await self._log(task_id, tenant, cursor)
-        if patience_s > 0 and not (found.stdout or found.stderr or found.ended):
-            await self._followers.until_new(task_id, extent, patience_s, call.gone)
+        nothing = not (found.stdout or found.stderr or found.ended)
+        if nothing and patience_s > 0 and self._waits.take(call.key.key_id):
+            try:
+                await self._followers.until_new(task_id, extent, patience_s, call.gone)
+            finally:
+                self._waits.leave(call.key.key_id)
             found, _ = await self._log(task_id, tenant, cursor)
         return Reply(200, _encode(found))
 
@@ -165,10 +179,10 @@ class TaskRoutes:
         record = await self._record(task_id, tenant)
         return Reply(200, _encode(attempts_of(record, await self._store.attempts(task_id))))
 
-    def _shown(self, record: TaskRecord) -> Reply:
+    def _shown(self, record: TaskRecord) -> bytes:
         body = _encode(view_of(record))
         self._ends.keep(record, body)
-        return Reply(200, body)
+        return body
 
     def operations(self) -> tuple[Operation, ...]:
         """The routes."""

@@ -1,17 +1,16 @@
 """The autoscaler: its process, alone, and what it has decided."""
 
 import os
-from typing import Any
 
 import click
 
 from manager.cli.exits import Exit
-from manager.cli.session import Options, Output, Session, command, common_options
+from manager.cli.session import Session, command, common_options, options_of
 
 
 @click.group("autoscaler", invoke_without_command=True, params=common_options(client=False, settings=True))
 @click.pass_context
-def autoscaler(context: click.Context, /, **given: Any) -> int | None:
+def autoscaler(context: click.Context, /, **_common: object) -> int | None:
     """Run the autoscaler, which adds and removes nodes of the groups in the settings; 'rocyard up' runs one.
 
     Several may run: one acts, the others wait to take over.
@@ -20,13 +19,7 @@ def autoscaler(context: click.Context, /, **given: Any) -> int | None:
         return None
     from manager.cli.process import run_role
 
-    root = context.find_root().params
-    options = Options(
-        output=Output(given["output"] or root.get("output") or Output.TABLE),
-        config=given["config"] or root.get("config"),
-        overrides=(*root.get("overrides", ()), *given["overrides"]),
-    )
-    return run_role("autoscaler", Session(options, os.environ).settings())
+    return run_role("autoscaler", Session(options_of(context), os.environ).settings())
 
 
 @command("history", client=True)

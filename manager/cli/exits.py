@@ -3,7 +3,7 @@
 import enum
 from typing import Final
 
-from manager.client_errors import ClusterUnreachable, TaskCancelled, TaskFailed, WaitTimeout
+from manager.client_errors import ClusterUnreachable, NotFinished, TaskCancelled, TaskFailed, WaitTimeout
 from manager.core import errors
 from manager.core.errors import RocyardError
 
@@ -17,7 +17,7 @@ class Exit(enum.IntEnum):
     NOT_FOUND = 3  # no such task, function, node or key
     NOT_AUTHORISED = 4  # no valid key, or one without the right
     UNREACHABLE = 5  # the cluster, or its store, does not answer
-    TIMED_OUT = 6  # the wait is over, the task is not
+    TIMED_OUT = 6  # the wait is over, or there was none, and the task is not over
     REFUSED = 7  # understood, but not accepted: it could never fit, or a limit is reached
     UNHEALTHY = 8  # `rocyard doctor` has found something that fails
     INTERRUPTED = 130  # Ctrl-C
@@ -28,6 +28,7 @@ _BY_ERROR: Final[tuple[tuple[type[RocyardError], Exit], ...]] = (
     (TaskFailed, Exit.FAILED),
     (TaskCancelled, Exit.FAILED),
     (WaitTimeout, Exit.TIMED_OUT),
+    (NotFinished, Exit.TIMED_OUT),
     (ClusterUnreachable, Exit.UNREACHABLE),
     (errors.StoreTooNew, Exit.USAGE),
     (errors.StoreUnavailable, Exit.UNREACHABLE),

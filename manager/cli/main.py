@@ -5,15 +5,15 @@ A command's module is only imported when the command runs, so that help and simp
 
 import io
 import os
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
 import click
 import msgspec
 
+from manager.cli.report import report, report_json
 from manager.cli.session import Output, common_options
 from manager.core.errors import BadRequest, RocyardError
 
@@ -131,12 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _stand_any_terminal()
     for word in args:
         if not _is_text(word):
-            return _report(BadRequest(f"{word!r} is not UTF-8; write it in UTF-8."), as_json=_asked_for_json(args))
+            return report(BadRequest(f"{word!r} is not UTF-8; write it in UTF-8."), as_json=_asked_for_json(args))
     try:
         code = root.main(args=args, prog_name="rocyard", standalone_mode=False)
     except click.ClickException as error:
         if _asked_for_json(args):
-            _report_json("Usage", error.format_message(), Exit.USAGE)
+            report_json("Usage", error.format_message(), Exit.USAGE, {})
         else:
             error.show()
         return Exit.USAGE
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo("interrupted", err=True)
         return Exit.INTERRUPTED
     except RocyardError as error:
-        return _report(error, as_json=_asked_for_json(args))
+        return report(error, as_json=_asked_for_json(args))
     except BrokenPipeError:
         # Whoever read our stdout has gone (`rocyard tasks | head`): nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -170,26 +170,6 @@ def _asked_for_json(args: Sequence[str]) -> bool:
         word in {"--output=json", "-ojson"} or (word in {"-o", "--output"} and following == Output.JSON)
         for word, following in pairs
     )
-
-
-def _report(error: RocyardError, *, as_json: bool) -> int:
-    from manager.cli.exits import exit_of
-    from manager.cli.text import plain, wrapped
-
-    code = exit_of(error)
-    if as_json:
-        _report_json(error.code, str(error), code, error.details)
-    else:
-        texts = [f"error: {plain(str(error))}", *(plain(note) for note in getattr(error, "__notes__", ()))]
-        wide = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
-        head, *rest = "\n".join(texts if wide is None else (wrapped(text, wide) for text in texts)).split(":", 1)
-        click.echo(click.style(f"{head}:", fg="red", bold=True) + "".join(rest), err=True)
-    return code
-
-
-def _report_json(code: str, message: str, exit_code: int, details: Mapping[str, object] | None = None) -> None:
-    body = {"code": code, "message": message, "exit": int(exit_code), **(details or {})}
-    click.echo(msgspec.json.encode({"error": body}, enc_hook=str).decode(), err=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ This is where the environment is read. Owns stdout (answers) and stderr (everyth
 """
 
 import enum
+import errno
 import functools
 import os
 import shutil
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 PIPE_COLUMNS: Final = 160
 """Width where nobody looks: tables are cut less than on a screen."""
+
+COMMON: Final = frozenset({"output", "url", "config", "overrides"})
+"""Names of the parameters that a command does not see: they are its session's."""
 
 T = TypeVar("T")
 
@@ -112,16 +116,9 @@ def command(
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def run(**given: Any) -> int:
-            root = click.get_current_context().find_root().params
-            common = {key: given.pop(key, None) or root.get(key) for key in ("output", "url", "config")}
-            overrides = (*root.get("overrides", ()), *(given.pop("overrides", None) or ()))
-            options = Options(
-                output=Output(common["output"] or Output.TABLE),
-                url=common["url"],
-                config=common["config"],
-                overrides=overrides,
-            )
-            return function(Session(options, os.environ), **given)
+            options = options_of(click.get_current_context())
+            own = {name: value for name, value in given.items() if name not in COMMON}
+            return function(Session(options, os.environ), **own)
 
         params = list(reversed(getattr(function, "__click_params__", [])))
         return Command(
@@ -133,6 +130,24 @@ def command(
         )
 
     return decorate
+
+
+def options_of(context: click.Context) -> Options:
+    """The common options of a call, wherever they stood: what is nearer to the end of the command wins."""
+    levels = [context.params]
+    while context.parent is not None:
+        context = context.parent
+        levels.append(context.params)
+
+    def last(name: str) -> Any:
+        return next((level[name] for level in levels if level.get(name) is not None), None)
+
+    return Options(
+        output=Output(last("output") or Output.TABLE),
+        url=last("url"),
+        config=last("config"),
+        overrides=tuple(pair for level in reversed(levels) for pair in level.get("overrides", ())),
+    )
 
 
 class Session:
@@ -232,12 +247,10 @@ def read_object(text: str) -> dict[str, Any]:
         BadRequest: it is none.
     """
     source = "the arguments"
-    if text == "-":
-        source, text = "stdin", sys.stdin.read()
-    elif text.startswith("@"):
-        source = text[1:]
+    if text == "-" or text.startswith("@"):
+        source = "stdin" if text == "-" else text[1:]
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            text = (_stdin() if text == "-" else Path(source).read_bytes()).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise BadRequest(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -247,3 +260,9 @@ def read_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadRequest(f"{source}: must be a JSON object such as '{{\"x\": 1}}', not {text.strip()[:40]}")
     return found
+
+
+def _stdin() -> bytes:
+    if sys.stdin is None:  # the shell's <&-
+        raise OSError(errno.EBADF, "it is closed")
+    return sys.stdin.buffer.read()

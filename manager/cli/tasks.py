@@ -1,6 +1,7 @@
 """Commands about tasks and functions. Each parses, calls the client, and prints."""
 
 import contextlib
+import shlex
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
@@ -8,9 +9,10 @@ import msgspec
 
 from manager.cli.exits import Exit, exit_of
 from manager.cli.needs import needs_of, with_needs
+from manager.cli.report import report
 from manager.cli.session import Session, command, print_json, read_object
 from manager.core.errors import RocyardError
-from manager.core.ids import ARRAY_MAX
+from manager.core.ids import ARRAY_MAX, new_id
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -96,12 +98,20 @@ def submit(
             **wanted,
         }
         made: Task | Array
-        if count is None:
-            made = client.submit(function, values, idempotency_key=idempotency_key, **options)
-        else:
-            made = client.submit_array(
-                function, values, count=count, index_as=index_as, idempotency_key=idempotency_key, **options
-            )
+        key = new_id() if idempotency_key is None else idempotency_key
+        again = f"It may have been accepted: again with --idempotency-key {shlex.quote(key)} it is submitted once at most."
+        try:
+            if count is None:
+                made = client.submit(function, values, idempotency_key=key, **options)
+            else:
+                made = client.submit_array(function, values, count=count, index_as=index_as, idempotency_key=key, **options)
+        except RocyardError as error:
+            if "idempotency_key" in error.details:
+                error.add_note(again)
+            raise
+        except KeyboardInterrupt:
+            session.note(again)
+            raise
         if wait:
             return _wait_and_print(session, client, made, timeout_s)
         if session.wants_json:
@@ -385,7 +395,7 @@ def cancel(session: Session, *, tasks: tuple[str, ...], tenant: str | None) -> i
     from manager.core.answers_arrays import ArrayCancelled
     from manager.core.answers_tasks import Cancelled
 
-    worst = Exit.OK
+    worst: int = Exit.OK
     answers: list[Cancelled | ArrayCancelled] = []
     with session.client() as client:
         for task in tasks:
@@ -399,8 +409,7 @@ def cancel(session: Session, *, tasks: tuple[str, ...], tenant: str | None) -> i
                 if len(tasks) == 1:
                     raise
                 # The others are ended all the same.
-                worst = max(worst, exit_of(error))
-                click.echo(f"error: {task}: {error}", err=True)
+                worst = max(worst, report(error, as_json=session.wants_json, task=task))
     if session.wants_json:
         print_json(answers)
     else:

@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+import msgspec
 
 from manager.cli.exits import Exit
 from manager.cli.needs import needs_of, with_needs
@@ -50,26 +51,28 @@ def drain(session: Session, *, node: str, deadline: str | None, remove: bool, wa
 
     Without a deadline, running tasks take as long as they take. Nobody is blamed for what goes back to the queue.
     """
+    from manager.core.answers_nodes import WorkerState
+
     with session.client() as client:
-        view: WorkerView | None = client.drain(node, deadline, remove=remove)
+        view = client.drain(node, deadline, remove=remove)
         if wait:
             view = _wait_until_empty(client, node, view, remove=remove)
-    if view is not None:
-        return _change(session, view)
-    session.note(f"{node} is gone")
-    return Exit.OK
+    if remove and view.state is WorkerState.LEFT and not session.wants_json:
+        session.note(f"{node} is gone")
+        return Exit.OK
+    return _change(session, view)
 
 
-def _wait_until_empty(client: "Client", node: str, view: "WorkerView | None", *, remove: bool) -> "WorkerView | None":
-    """The node once it is drained; None where it is gone, which it is to be if `remove`.
+def _wait_until_empty(client: "Client", node: str, view: "WorkerView", *, remove: bool) -> "WorkerView":
+    """The node once it is drained, and has left if `remove`.
 
     Raises:
-        RocyardError: somebody has lifted the drain, or the node is lost.
+        RocyardError: somebody has lifted the drain.
     """
     from manager.core.answers_nodes import WorkerState
     from manager.core.errors import NotFound, RocyardError
 
-    while view is not None:
+    while True:
         if view.cordon != "drain":
             raise RocyardError(f"{node} is not being drained any more: somebody has changed that.")
         gone = view.state in {WorkerState.LEFT, WorkerState.LOST}
@@ -78,9 +81,17 @@ def _wait_until_empty(client: "Client", node: str, view: "WorkerView | None", *,
         time.sleep(POLL_S)
         try:
             view = client.worker(node)
-        except NotFound:
-            return None
-    return None
+        except NotFound:  # what has left for good is in no list any more, and nothing of it is in use
+            return msgspec.structs.replace(
+                view,
+                state=WorkerState.LEFT,
+                slots=0,
+                tasks_running=0,
+                readings_age_s=None,
+                devices=(),
+                cpus_leased=0.0,
+                host_leased_bytes=0,
+            )
 
 
 @command("warm", client=True)

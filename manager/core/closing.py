@@ -241,7 +241,7 @@ def _candidate(
         tenant="" if own is None else own.shape.tenant,
         part=sides.parts.get(slot.slot_id, 0.0),
         idle=idle,
-        young=not idle and now_ms - slot.opened_ms < limits.residence_s * 1000,
+        young=not idle and 0 <= now_ms - slot.opened_ms < limits.residence_s * 1000,  # below: the clock was set back
         low=_is_low(slot),
         rank=None if own is None or own.depth == 0 else priority_rank(own),
     )

@@ -30,6 +30,7 @@
     ├── ClusterUnreachable     –     manager/client_errors.py, as all below: what only a client can tell its caller
     ├── TaskFailed             –
     ├── TaskCancelled          –
+    ├── NotFinished            –
     ├── WaitTimeout            –
     └── UnexpectedAnswer       –
 

@@ -5,7 +5,7 @@ now. Nothing is changed, so the answer holds for this moment: what others submit
 """
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -141,9 +141,9 @@ class PlanView(msgspec.Struct, frozen=True):
 
 
 def foresee(
-    wishes: Sequence[Wish], ahead: Ahead, setup: Setup, silent: frozenset[str] = frozenset(), *, leads: bool = True
-) -> tuple[Forecast, ...]:
-    """What would happen to each request, if they were submitted now in this order.
+    wishes: Iterable[Wish], ahead: Ahead, setup: Setup, silent: frozenset[str] = frozenset(), *, leads: bool = True
+) -> Iterator[Forecast]:
+    """What would happen to each request, if they were submitted now in this order: one by one, since each is much work.
 
     Args:
         wishes: what would be submitted.
@@ -153,11 +153,9 @@ def foresee(
         leads: whether a controller leads.
     """
     state = ahead.state
-    found: list[Forecast] = []
     for wish in wishes:
         forecast, state = _foresee(wish, state, ahead, setup, silent, leads=leads)
-        found.append(forecast)
-    return tuple(found)
+        yield forecast
 
 
 def _foresee(

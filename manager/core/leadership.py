@@ -9,18 +9,22 @@ GIVE_WAY_S_MAX: Final = 300.0
 
 
 class BeatWatch:
-    """Remembers when each beat was last seen to change. `now_s` is the observer's monotonic time."""
+    """Remembers when each beat was last seen to change, on the observer's monotonic clock.
+
+    A look takes time, and an observer may stand still in the middle of one: a beat that it finds may have come until the answer
+    was there, and the silence that it finds had lasted only until it asked.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Hashable, float]] = {}
 
-    def unchanged_s(self, name: str, beat: Hashable, now_s: float) -> float:
-        """Seconds for which `beat` of `name` has been the same; 0 when it is seen for the first time."""
+    def silent_s(self, name: str, beat: Hashable, asked_s: float, answered_s: float) -> float:
+        """Seconds for which `beat` of `name` is known to have been the same; 0 when it is seen for the first time."""
         known = self._seen.get(name)
         if known is None or known[0] != beat:
-            self._seen[name] = (beat, now_s)
+            self._seen[name] = (beat, answered_s)
             return 0.0
-        return now_s - known[1]
+        return max(0.0, asked_s - known[1])
 
     def keep(self, names: Iterable[str]) -> None:
         """Forget everybody else."""
@@ -28,7 +32,7 @@ class BeatWatch:
         self._seen = {name: seen for name, seen in self._seen.items() if name in wanted}
 
     def forgive(self, seconds: float) -> None:
-        """The observer itself stood still for so long: nobody is to blame for that time."""
+        """The observer stood still for so long, and with it perhaps all whom it watches: nobody is to blame for that time."""
         self._seen = {name: (beat, at + seconds) for name, (beat, at) in self._seen.items()}
 
 

@@ -134,7 +134,7 @@ def _starts(state: ClusterState, held: frozenset[str]) -> int | None:
         return None
     young_ms = state.now_ms - STARTING_S * 1000
     starting = sum(
-        slot.slot_id not in held and slot.served == 0 and (slot.opened_ms is None or slot.opened_ms > young_ms)
+        slot.slot_id not in held and slot.served == 0 and (slot.opened_ms is None or young_ms < slot.opened_ms <= state.now_ms)
         for slot in state.slots
     )
     return max(0, max(UNKNOWN_OPEN_MAX, sum(cpus.values())) - starting)

@@ -48,7 +48,7 @@ def repairs(state: ClusterState, on_dask: Mapping[str, tuple[str, str]], open_de
             continue  # its Dask task is its client's, and its end is the agent's
         where, node = on_dask.get(slot.slot_id, ("", ""))
         if slot.status is SlotStatus.REQUESTED:
-            late = state.now_ms - slot.requested_ms > open_deadline_s * 1000
+            late = not 0 <= state.now_ms - slot.requested_ms <= open_deadline_s * 1000  # below: the clock was set back
             # One that was held for longer than the deadline, and is placed at last, is not late.
             if where in ("placing", "placed", "leased") and (node in fenced or (late and where != "placing")):
                 drop.append(slot.slot_id)

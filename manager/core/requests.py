@@ -21,16 +21,21 @@ TASKS_PER_BATCH_MAX: Final = 500
 """Tasks of one batch: the store accepts them in one step, which holds up everybody else."""
 PLANNED_MAX: Final = 100_000
 """Tasks that one question is about: more than any queue is meant to hold."""
+PLAN_KINDS_MAX: Final = 20
+"""Kinds of requests that one question is about: each is a round of the planner."""
 SLOTS_WARM_MAX: Final = 10_000
 """Slots that one request keeps warm: each is a process."""
 PAGE_MAX: Final = 500
 """Tasks of one page: a page is one step of the store."""
-NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
-"""What a tenant may be called: it becomes part of names in the store."""
-TASK_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$"
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$(?!\n)"
+"""What a tenant may be called: it becomes part of names in the store. `$` alone lets a line's end follow."""
+TASK_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$(?!\n)"
 """What a tenant may call a task of its own."""
 AFTER_MAX: Final = 100
 """Tasks that one task comes after: who waits for more names an array, or a task that gathers."""
+LINKS_MAX: Final = 20_000
+"""Links of one request: each of its tasks, those of an array too, has one to each that it comes after. Others wait while the
+store writes them."""
 RETRY_ON_MAX: Final = 32
 """Errors that one task names as worth another attempt."""
 ARCHITECTURES_MAX: Final = 16
@@ -66,7 +71,7 @@ AnyPriority = Annotated[
         examples=["high", 0],
     ),
 ]
-ErrorName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+ErrorName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$(?!\n)")]
 Arguments = Annotated[
     msgspec.Raw,
     msgspec.Meta(description="The function's keyword arguments.", extra_json_schema={"type": "object"}),

@@ -9,7 +9,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -21,12 +21,16 @@ from manager.results.store import (
     CHUNK_BYTES,
     CLOCK,
     FILES,
+    GUEST_S,
+    GUESTS,
+    OWNER,
     WRITING,
     Leftover,
     checked_name,
     file_name,
     leftover_of,
     missing,
+    owner_of,
     writing_name,
 )
 
@@ -69,13 +73,13 @@ class FolderResults:
 
     # --- for agents ---------------------------------------------------------------------------------------------
 
-    def place(self, task_id: str, attempt: int) -> Path | None:
+    def place(self, task_id: str, attempt: int, slot_id: str) -> Path | None:
         """Beside the results, so that a rename brings it to its name."""
-        return self.root / writing_name(task_id, attempt)
+        return self.root / writing_name(task_id, attempt, slot_id)
 
-    async def keep(self, path: Path, task_id: str, attempt: int, size: int, sha256: str) -> ResultFile:
+    async def keep(self, path: Path, task_id: str, attempt: int, slot_id: str, size: int, sha256: str) -> ResultFile:
         """Check, sync, move, sync the folder. See `ResultStore`."""
-        name = file_name(task_id, attempt)
+        name = file_name(task_id, attempt, slot_id)
         try:
             await asyncio.to_thread(self._keep, path, self.root / name, size)
         except OSError as error:
@@ -119,6 +123,62 @@ class FolderResults:
 
     # --- for the leader -----------------------------------------------------------------------------------------
 
+    async def owner(self) -> str:
+        """By the one file of a folder. See `ResultStore`."""
+        return await asyncio.to_thread(self._owner)
+
+    def _owner(self) -> str:
+        try:
+            return owner_of(_names(self.root / OWNER))
+        except FileNotFoundError:
+            return ""
+
+    async def guests(self) -> list[str]:
+        """By files that were written of late. See `ResultStore`."""
+        return await asyncio.to_thread(self._guests)
+
+    def _guests(self) -> list[str]:
+        try:
+            names = _names(self.root / GUESTS)
+        except FileNotFoundError:
+            return []
+        since_s = self._clock_s() - GUEST_S
+        return [name for name in names if (self.root / GUESTS / name).stat().st_mtime > since_s]
+
+    async def visit(self, cluster: str) -> None:
+        """Write such a file. See `ResultStore`."""
+        await asyncio.to_thread(self._visit, cluster)
+
+    def _visit(self, cluster: str) -> None:
+        (self.root / GUESTS).mkdir(mode=FOLDER_MODE, exist_ok=True)
+        (self.root / GUESTS / cluster).touch(mode=FILE_MODE)
+
+    async def claim(self, cluster: str) -> str:
+        """Make that folder. See `ResultStore`."""
+        return await asyncio.to_thread(self._claim, cluster)
+
+    def _claim(self, cluster: str) -> str:
+        if not (self.root / FILES).is_dir():
+            return ""  # no agent has been here yet, or it is not mounted
+        draft = self.root / f".{OWNER}-{cluster}"
+        try:
+            draft.mkdir(mode=FOLDER_MODE, exist_ok=True)
+            (draft / cluster).touch(mode=FILE_MODE)
+            _sync_folder(draft)
+            # Refused where there is one with a file in it: so of two that do this at once one has it, on any file system, and
+            # one that is killed here leaves nothing half done.
+            draft.rename(self.root / OWNER)
+            _sync_folder(self.root)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            if not self._owner():
+                raise
+        return self._owner()
+
+    def marker(self, cluster: str) -> str:
+        """The path of that file. See `ResultStore`."""
+        return str(self.root / OWNER / cluster)
+
     async def scan(self) -> AsyncIterator[list[Leftover]]:
         """All files, folder by folder. See `ResultStore`."""
         if not await asyncio.to_thread((self.root / FILES).is_dir):
@@ -142,26 +202,14 @@ class FolderResults:
 
     async def remove(self, names: Sequence[str]) -> int:
         """Remove files and folders. See `ResultStore`."""
-        return await asyncio.to_thread(self._remove, names)
+        return await asyncio.to_thread(remove_each, names, self._remove)
 
-    def _remove(self, names: Sequence[str]) -> int:
-        removed = 0
-        for name in names:
-            path = self.root / name
-            if leftover_of(name, 0.0) is None:
-                continue
-            try:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            except FileNotFoundError:
-                continue
-            except OSError as error:  # the next scan tries again
-                log.warning("result_not_removed", name=name, error=words_of(error))
-                continue
-            removed += 1
-        return removed
+    def _remove(self, name: str) -> None:
+        path = self.root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
     def _clock_s(self) -> float:
         """What time it is where the files lie: a server of files has a clock of its own."""
@@ -172,6 +220,23 @@ class FolderResults:
             return os.fstat(descriptor).st_mtime
         finally:
             os.close(descriptor)
+
+
+def remove_each(names: Sequence[str], remove: Callable[[str], None]) -> int:
+    """Remove what is ours of these; how much of it was there. What cannot be removed is left to the next scan."""
+    removed = 0
+    for name in names:
+        if leftover_of(name, 0.0) is None:
+            continue
+        try:
+            remove(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("result_not_removed", name=name, error=words_of(error))
+            continue
+        removed += 1
+    return removed
 
 
 def not_stored(size: int, where: str, why: str) -> ResultNotStored:
@@ -266,4 +331,4 @@ def _sync_folder(folder: Path) -> None:
 
 def words_of(error: OSError) -> str:
     """What the system says of it, without the path, which is said beside it."""
-    return error.strerror or str(error)
+    return error.strerror or str(error) or type(error).__name__

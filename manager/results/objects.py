@@ -14,16 +14,25 @@ import fsspec
 
 from manager.core.errors import StartError
 from manager.core.model import ResultFile
-from manager.log import get_logger
-from manager.results.folder import BATCH, FOLDER_MODE, GONE, checked_pieces, not_stored, sync_written, words_of
-from manager.results.store import CLOCK, FILES, Leftover, checked_name, file_name, leftover_of, missing
+from manager.results.folder import BATCH, FOLDER_MODE, GONE, checked_pieces, not_stored, remove_each, sync_written, words_of
+from manager.results.store import (
+    CLOCK,
+    FILES,
+    GUEST_S,
+    GUESTS,
+    OWNER,
+    Leftover,
+    checked_name,
+    file_name,
+    leftover_of,
+    missing,
+    owner_of,
+)
 
 MOMENTS: Final = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 """What file systems call the time of the last change."""
 
 T = TypeVar("T")
-
-log = get_logger("rocyard.results")
 
 
 class ObjectResults:
@@ -64,18 +73,17 @@ class ObjectResults:
 
     # --- for agents ---------------------------------------------------------------------------------------------
 
-    def place(self, task_id: str, attempt: int) -> Path | None:
+    def place(self, task_id: str, attempt: int, slot_id: str) -> Path | None:
         """On this machine."""
-        return None if self.scratch is None else self.scratch / f"{task_id}-{attempt}.json"
+        return None if self.scratch is None else self.scratch / f"{task_id}-{attempt}-{slot_id}.json"
 
-    async def keep(self, path: Path, task_id: str, attempt: int, size: int, sha256: str) -> ResultFile:
+    async def keep(self, path: Path, task_id: str, attempt: int, slot_id: str, size: int, sha256: str) -> ResultFile:
         """Send it. See `ResultStore`."""
-        name = file_name(task_id, attempt)
+        name = file_name(task_id, attempt, slot_id)
         try:
-            await asyncio.to_thread(self._keep, path, name, size)
-        except Exception as error:  # each file system has errors of its own
-            why = words_of(error) if isinstance(error, OSError) else str(error)
-            raise not_stored(size, self.url, why or type(error).__name__) from error
+            await _told(self._keep, path, name, size)
+        except OSError as error:
+            raise not_stored(size, self.url, words_of(error)) from error
         return ResultFile(name, size, sha256)
 
     def _keep(self, path: Path, name: str, size: int) -> None:
@@ -120,6 +128,64 @@ class ObjectResults:
 
     # --- for the leader -----------------------------------------------------------------------------------------
 
+    async def owner(self) -> str:
+        """By the one object below a name. See `ResultStore`."""
+        return await _told(self._owner)
+
+    def _owner(self) -> str:
+        return owner_of(self._notes(OWNER))
+
+    def _notes(self, folder: str) -> dict[str, float | None]:
+        """Names of clusters, and when each was written there; None: its file system does not say."""
+        self.system.invalidate_cache()
+        try:
+            found = self.system.ls(self._full(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        notes = {str(info["name"]).rstrip("/").rpartition("/")[2]: moment_of(info) for info in found}
+        notes.pop(folder, None)  # some systems list the folder itself
+        return notes
+
+    async def guests(self) -> list[str]:
+        """By objects that were written of late. See `ResultStore`."""
+        return await _told(self._guests)
+
+    def _guests(self) -> list[str]:
+        notes = self._notes(GUESTS)
+        if not notes:
+            return []
+        since_s = self._clock_s() - GUEST_S
+        return sorted(name for name, moment_s in notes.items() if moment_s is None or moment_s > since_s)
+
+    async def visit(self, cluster: str) -> None:
+        """Write such an object. See `ResultStore`."""
+        await _told(self._note, GUESTS, cluster)
+
+    def _note(self, folder: str, cluster: str) -> None:
+        self.system.makedirs(self._full(folder), exist_ok=True)
+        self.system.pipe_file(self._full(f"{folder}/{cluster}"), b".")
+
+    async def claim(self, cluster: str) -> str:
+        """Write that object. See `ResultStore`."""
+        return await _told(self._claim, cluster)
+
+    def _claim(self, cluster: str) -> str:
+        """Not every system can refuse to write what is there already. But who writes first and looks then sees each other one
+        that believes to have it: two would both have to have looked before the other one wrote.
+        """
+        if owner := self._owner():
+            return owner
+        self._note(OWNER, cluster)
+        owner = self._owner()
+        if owner == cluster:
+            return owner
+        self.system.rm_file(self._full(f"{OWNER}/{cluster}"))
+        return self._owner()
+
+    def marker(self, cluster: str) -> str:
+        """The URL of that object. See `ResultStore`."""
+        return f"{self.url.rstrip('/')}/{OWNER}/{cluster}"
+
     async def scan(self) -> AsyncIterator[list[Leftover]]:
         """All files, by the parts that their names spread over. See `ResultStore`."""
         now_s = await _told(self._clock_s)
@@ -147,22 +213,10 @@ class ObjectResults:
 
     async def remove(self, names: Sequence[str]) -> int:
         """Remove files. See `ResultStore`."""
-        return await asyncio.to_thread(self._remove, names)
+        return await asyncio.to_thread(remove_each, names, self._remove)
 
-    def _remove(self, names: Sequence[str]) -> int:
-        removed = 0
-        for name in names:
-            if leftover_of(name, 0.0) is None:
-                continue
-            try:
-                self.system.rm_file(self._full(name))
-            except FileNotFoundError:
-                continue
-            except Exception as error:  # noqa: BLE001 -- each file system has errors of its own; the next scan tries again
-                log.warning("result_not_removed", name=name, error=str(error))
-                continue
-            removed += 1
-        return removed
+    def _remove(self, name: str) -> None:
+        _asked(self.system.rm_file, self._full(name))
 
     def _full(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -177,13 +231,18 @@ class ObjectResults:
 
 
 async def _told(ask: Callable[..., T], *args: Any) -> T:
+    """As `_asked`, in a thread."""
+    return await asyncio.to_thread(_asked, ask, *args)
+
+
+def _asked(ask: Callable[..., T], *args: Any) -> T:
     """The answer of a file system, each of which has errors of its own.
 
     Raises:
         OSError: it has none.
     """
     try:
-        return await asyncio.to_thread(ask, *args)
+        return ask(*args)
     except OSError:
         raise
     except Exception as error:

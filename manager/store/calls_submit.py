@@ -6,7 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from manager.core.errors import IdempotencyConflict, NameTaken, QuotaExceeded, UnknownDependency
-from manager.core.lifecycle import AfterFailed
+from manager.core.lifecycle import AfterFailed, TaskStatus
 from manager.core.model import IdempotencyKey, Submission, SubmitReply, priority_offset
 from manager.core.shapes import encode_shape
 from manager.store import rows
@@ -63,11 +63,11 @@ class SubmitCalls(Calls):
             case b"OK":
                 return SubmitReply(tuple((s.task_id, rows.status(status)) for s, status in zip(submissions, said, strict=True)))
             case b"REPLAY":
-                known = tuple((said[i].decode(), rows.status(said[i + 1])) for i in range(0, len(said), 2))
+                known = _known(said)
                 # The first send of this very call, of which the answer was lost, is no earlier submission.
                 return SubmitReply(known, [task_id for task_id, _ in known] != [s.task_id for s in submissions])
             case b"CONFLICT":
-                raise IdempotencyConflict if said[0] == b"key" else _name_taken(said[1].decode())
+                raise _conflict(said)
             case b"PARENT":
                 raise _unknown_dependency(said[0].decode())
             case b"QUOTA":
@@ -80,6 +80,26 @@ class SubmitCalls(Calls):
                 )
             case _:
                 raise ValueError(f"a task with the id of one of these exists, and is not of {tenant}")
+
+    async def known(self, tenant: str, key: IdempotencyKey | None, named: Sequence[tuple[str, str]]) -> SubmitReply | None:
+        """What the same request was accepted as before, by its key or by the names of its tasks; None: it is new.
+
+        Args:
+            named: the name of each task, and the digest of what it asks for; two empty texts where it has no name.
+
+        Raises:
+            IdempotencyConflict, NameTaken: the key, or a name, was used for something else.
+            StoreUnavailable: nothing is known.
+        """
+        args = ("", "") if key is None else (key.key, key.digest)
+        word, *said = await self._run("ry_known", tenant, *args, *(text for pair in named for text in pair))
+        match word:
+            case b"REPLAY":
+                return SubmitReply(_known(said), replayed=True)
+            case b"CONFLICT":
+                raise _conflict(said)
+            case _:
+                return None
 
     async def expand(self) -> int:
         """Give tasks of arrays that were accepted their records, a bounded number; how many arrays have more to come."""
@@ -99,6 +119,15 @@ def _more(submission: Submission) -> bytes:
         count=spec.count or None,
     )
     return b"" if more == _NO_MORE else _encode(more)
+
+
+def _known(said: list[bytes]) -> tuple[tuple[str, TaskStatus | None], ...]:
+    """Ids and statuses, as a replay tells them in turns."""
+    return tuple((said[i].decode(), rows.status(said[i + 1])) for i in range(0, len(said), 2))
+
+
+def _conflict(said: list[bytes]) -> IdempotencyConflict | NameTaken:
+    return IdempotencyConflict() if said[0] == b"key" else _name_taken(said[1].decode())
 
 
 def _name_taken(name: str) -> NameTaken:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from manager.core.devices import reserve_of
-from manager.core.errors import RegistrationRefused, RocyardError, StoreUnavailable
+from manager.core.errors import RegistrationRefused, RocyardError, StoreFull, StoreUnavailable
 from manager.core.ids import new_id
 from manager.core.lifecycle import Cordon
 from manager.core.model import BeatReply, NodeInfo
@@ -205,7 +205,7 @@ class Agent:
         while True:
             try:
                 await step()
-            except StoreUnavailable as error:
+            except (StoreUnavailable, StoreFull) as error:
                 log.warning("store_unavailable", loop=name, error=str(error))
                 await asyncio.sleep(STORE_PAUSE_S)
             except Exception:
@@ -317,7 +317,13 @@ class Agent:
 
     async def _publish(self) -> None:
         await self.functions.describe()
-        await self.functions.publish(self.store)
+        while True:
+            try:
+                await self.functions.publish(self.store)
+                break
+            except (StoreUnavailable, StoreFull) as error:
+                log.warning("store_unavailable", loop="publish", error=str(error))
+                await asyncio.sleep(STORE_PAUSE_S)
         await self._stopped.wait()
 
     # --- the Dask worker's requests -----------------------------------------------------------------------------
@@ -361,7 +367,7 @@ class Agent:
         """The worker's heartbeat, for one that was given no right to the store of its own (store.worker_url)."""
         try:
             await self.store.put_heartbeat(self.node, address, self.watch.uses)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, StoreFull) as error:
             log.warning("store_unavailable", loop="heartbeat", error=str(error))
 
     def _reserve_bytes(self) -> int:

@@ -3,7 +3,6 @@ and a result that lies in a file made safe. It commits nothing.
 """
 
 import asyncio
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -62,13 +61,13 @@ def room_for(shape: Shape, grant: Grant) -> tuple[str, Shape] | None:
     return shape_id(larger), larger
 
 
-async def kept_result(results: ResultStore, done: Done) -> ResultFile | TaskError:
+async def kept_result(results: ResultStore, done: Done, slot_id: str) -> ResultFile | TaskError:
     """Where the result of `done` lies safely, or why it does not."""
-    place = results.place(done.task_id, done.attempt)
+    place = results.place(done.task_id, done.attempt, slot_id)
     assert place is not None, "the executor was given a place"
     try:
         async with asyncio.timeout(KEEP_S_MAX):
-            return await results.keep(Path(place), done.task_id, done.attempt, done.file_bytes, done.file_sha256)
+            return await results.keep(place, done.task_id, done.attempt, slot_id, done.file_bytes, done.file_sha256)
     except (RocyardError, TimeoutError) as error:
         why = str(error) or f"storing it took longer than {KEEP_S_MAX:g} s"
         log.error("result_not_stored", task=done.task_id, bytes=done.file_bytes, error=why)

@@ -171,7 +171,7 @@ def failure_of(error: BaseException, frames_skipped: int) -> tuple[str, str, str
     if isinstance(error, SystemExit):
         message = f"the function called sys.exit({message})"
     name = GPU_OUT_OF_MEMORY if _ran_out_of_device_memory(error) else _clean(type(error).__name__)
-    classes = [kind.__name__ for kind in type(error).__mro__ if kind not in (BaseException, object)]
+    classes = [kind.__name__ for kind in type(error).__mro__ if kind is not object]
     trace_text = _clean("".join(lines))[-TRACEBACK_CHARS_MAX:]
     return name, _clean(message)[:MESSAGE_CHARS_MAX], trace_text, tuple(map(_clean, classes[:BASES_MAX]))
 

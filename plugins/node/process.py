@@ -12,7 +12,7 @@ from typing import Final
 import uvloop
 
 from manager.core.addresses import is_wildcard
-from manager.core.errors import StartError, StoreUnavailable
+from manager.core.errors import StartError, StoreFull, StoreUnavailable
 from manager.core.lifecycle import REMOVED_EXIT
 from manager.log import configure_logging, get_logger
 from manager.metrics import serve_metrics
@@ -104,7 +104,7 @@ def _socket_directory(directory: Path) -> Iterator[Path]:
 
 async def _announce(store: Store, name: str, metrics_url: str) -> None:
     while True:
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailable, StoreFull):
             await store.put_service(name, service_record(metrics_url))
             return
         await asyncio.sleep(0.5)

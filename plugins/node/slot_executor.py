@@ -214,7 +214,7 @@ class SlotExecutor:
 
     def _call(self, claim: Claim) -> Call:
         results = self.context.results
-        place = results.place(claim.task_id, claim.attempt)
+        place = results.place(claim.task_id, claim.attempt, self.slot_id)
         return Call(
             claim.task_id,
             claim.attempt,
@@ -382,7 +382,7 @@ class SlotExecutor:
         claim = self._claims.get(done.task_id)
         if claim is None:
             return
-        kept = await kept_result(self.context.results, done)
+        kept = await kept_result(self.context.results, done, self.slot_id)
         if isinstance(kept, TaskError):
             self._end_broken(claim, kept, done.duration_s)
         else:

@@ -8,6 +8,7 @@ version is not released; with the release its files are final, and a change of t
 
 import asyncio
 import base64
+import contextlib
 import re
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from manager.core.errors import IdempotencyConflict
 from manager.core.ids import array_id
 from manager.core.keys import Keys
 from manager.core.lifecycle import AfterFailed, Cordon, Outcome, SlotFlag
@@ -88,6 +90,11 @@ async def use_everything(lab: Lab) -> None:
     key = IdempotencyKey("0" * 64, "1" * 64)
     for _ in range(2):
         await store.submit("red", 100, [first, msgspec.structs.replace(named, digest="2" * 64), child], key)
+    await store.known("red", key, [("", "")])
+    await store.known("red", None, [("mine", "2" * 64)])
+    with contextlib.suppress(IdempotencyConflict):
+        await store.known("red", IdempotencyKey(key.key, "2" * 64), [("", "")])
+    await store.known("red", IdempotencyKey("3" * 64, key.digest), [("new", "2" * 64), ("", "")])
     array = msgspec.structs.replace(_with(submission(), count=3, index_as="x"), task_id=array_id())
     await store.submit("red", 100, [array])
     await store.expand()

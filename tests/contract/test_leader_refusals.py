@@ -4,6 +4,8 @@ import msgspec
 import pytest
 
 from manager.core.lifecycle import Outcome, TaskStatus
+from manager.core.model import NodeRow
+from manager.core.quantities import GIB
 from manager.leader_refusals import LeaderRefusals
 from manager.leader_shares import LeaderShares, retention_of
 from manager.settings import AutoscalerSettings, GroupSettings, NodeSettings, Settings, TaskSettings, TenantSettings
@@ -59,6 +61,25 @@ async def test_without_nodes_nothing_is_known_and_nothing_fails(lab: Lab):
     await lab.store.leave("n1", agent.incarnation)
     await LeaderRefusals(Settings(node=NODE), lab.store).refuse(lab.token, await lab.store.look(leader=True))
     assert await lab.status(task_id) is TaskStatus.QUEUED
+
+
+async def test_a_node_that_restarts_is_no_reason_to_give_up_what_only_it_can_hold(lab: Lab):
+    large = await lab.agent("n1", "gpu-0")
+    await lab.agent("n2", "gpu-1")
+    task_id = await out_of_memory(lab, large, 16)
+    await lab.store.leave("n1", large.incarnation)
+    state = await lab.store.look(leader=True)
+
+    def shrunk(row: NodeRow) -> NodeRow:
+        devices = tuple(msgspec.structs.replace(device, memory_bytes=8 * GIB) for device in row.info.devices)
+        return msgspec.structs.replace(row, info=msgspec.structs.replace(row.info, devices=devices))
+
+    small = tuple(shrunk(row) if row.node == "n2" else row for row in state.nodes)
+    await LeaderRefusals(Settings(node=NODE), lab.store).refuse(lab.token, msgspec.structs.replace(state, nodes=small))
+    assert await lab.status(task_id) is TaskStatus.QUEUED
+    alone = msgspec.structs.replace(state, nodes=tuple(row for row in small if row.node == "n2"))
+    await LeaderRefusals(Settings(node=NODE), lab.store).refuse(lab.token, alone)
+    assert await lab.status(task_id) is TaskStatus.FAILED, "the test could not fail"
 
 
 async def test_what_asked_for_so_much_itself_is_left_alone(lab: Lab):

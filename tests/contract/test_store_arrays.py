@@ -212,6 +212,23 @@ async def test_a_child_of_an_array_is_told_when_its_last_task_is_cancelled(lab: 
     assert record.error.message == f"{array}, which the task comes after, was cancelled"
 
 
+async def test_a_parent_that_is_forgotten_while_the_rest_is_made_has_succeeded_for_all(lab: Lab):
+    agent = await lab.agent()
+    slot = await lab.open(agent)
+    parent, going_on = await lab.submit(2)
+    claim = await lab.claim(agent, slot)
+    await lab.next(agent, slot, 0, end(claim, Outcome.SUCCEEDED))
+    array = await array_of(lab, 1200, after=(parent, going_on))
+    await lab.store.sweep(lab.token, 10**15, 0, 0)
+    assert await lab.store.task(parent) is None
+    while await lab.store.expand():
+        pass
+    counts = await lab.store.counts()
+    assert (counts["BLOCKED"], counts.get("FAILED", 0)) == (1200, 0)
+    assert (await row(lab, array)).made == 1200
+    await check_invariants(lab.store)
+
+
 # --- forgetting -------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -262,6 +264,48 @@ async def test_a_backup_replaces_no_file_and_leaves_none_behind(busy: Busy, fold
     with pytest.raises(BackupError, match="no cluster in this store"):
         await make_backup(busy.lab.url, folder / "c", quietly)
     assert names_in(folder) == ["b"]
+
+
+@pytest.mark.parametrize("hard_links", [True, False], ids=["hard links", "none"])
+async def test_of_two_backups_to_one_name_one_is_made_and_whole(
+    busy: Busy, folder: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+):
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse_link)
+    file = folder / "b"
+    done = await asyncio.gather(*(make_backup(busy.lab.url, file, quietly) for _ in range(2)), return_exceptions=True)
+    (refused,) = [each for each in done if isinstance(each, BackupError)]
+    assert "exists, and a backup replaces nothing" in str(refused)
+    assert checked_head(file, quietly) in done
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert names_in(folder) == ["b"]
+
+
+def refuse_link(*_: object, **__: object) -> None:
+    """As a file system that knows no hard links."""
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+async def test_a_file_that_appears_while_a_backup_is_made_is_not_replaced(busy: Busy, folder: Path):
+    file = folder / "b"
+    with pytest.raises(BackupError, match="exists"):
+        await make_backup(busy.lab.url, file, lambda *_: file.write_text("kept"))
+    assert file.read_text() == "kept"
+    assert names_in(folder) == ["b"]
+
+
+async def test_what_a_killed_run_has_left_is_in_nobodys_way(busy: Busy, folder: Path):
+    left = folder / ".b.part"
+    left.write_text("half of a backup")
+    await make_backup(busy.lab.url, folder / "b", quietly)
+    assert (left.read_text(), names_in(folder)) == ("half of a backup", [".b.part", "b"])
+
+
+@pytest.mark.parametrize("name", ["nowhere/b", "b" * 255], ids=["no such folder", "too long with the draft's ending"])
+async def test_a_backup_that_cannot_be_written_says_so(busy: Busy, folder: Path, name: str):
+    with pytest.raises(BackupError, match=r"cannot be written: (No such file|File name too long)"):
+        await make_backup(busy.lab.url, folder / name, quietly)
+    assert names_in(folder) == []
 
 
 async def test_a_store_that_gives_no_copy_says_what_to_use_instead(busy: Busy, folder: Path):

@@ -2,9 +2,12 @@
 
 import pytest
 
+from manager.controller import Controller
 from manager.core.errors import StoreFull
 from manager.core.lifecycle import Outcome, SlotFlag, TaskStatus
 from manager.core.mix import NO_MIX
+from manager.dask_side import DaskSide
+from manager.settings import Settings, TaskSettings
 from tests.contract.store_harness import INFO, RED, Lab, end, granted
 
 
@@ -60,6 +63,33 @@ async def test_a_full_store_refuses_submissions_and_nothing_else(lab: Lab, full)
     await lab.store.sweep(lab.token, 10**15, 0, 10**15)
     fresh = await lab.agent()
     await lab.store.leave("n1", fresh.incarnation)
+
+
+async def test_a_new_leader_makes_room_in_a_full_store(lab: Lab, full):
+    """It cannot say where it is, nor reach Dask: what it forgets makes the room."""
+    agent = await lab.agent()
+    slot = await lab.open(agent)
+    done = await lab.submit(2)
+    for claim in (await lab.next(agent, slot, 2)).claims:
+        await lab.next(agent, slot, 0, end(claim, Outcome.SUCCEEDED))
+    waiting = await lab.one()
+    await full()
+    settings = Settings(tasks=TaskSettings(retained_max=1))
+    leader = Controller(settings, lab.store, lab.store.connection, DaskSide("tcp://127.0.0.1:1", run_nothing))
+    _, token, _, holder = await lab.store.lead("", 0, 0, "read")
+    await lab.store.lead(holder, token, 0, "resign")
+    assert await leader.leadership.step()
+    await leader.round()
+    assert await lab.store.services() == {}
+    assert [await lab.store.task(task_id) is None for task_id in done].count(True) == 1
+    assert await lab.status(waiting) is TaskStatus.QUEUED
+    await lab.raw("CONFIG", "SET", "maxmemory", 0)
+    await leader.round()
+    assert "controller" in await lab.store.services()
+
+
+async def run_nothing(_slot_id: str) -> str:
+    raise AssertionError("nothing reaches Dask")
 
 
 async def test_a_full_store_takes_submissions_again_once_there_is_room(lab: Lab, full):

@@ -735,6 +735,21 @@ MUTANTS: dict[str, tuple[str, str, Test]] = {
         "      if true then ids",
         submissions.test_a_name_asked_for_again_is_the_same_task,
     ),
+    "a key that came with a known name is not kept": (
+        "    if same then keep_key(p, tenant, key, digest, same, now) end",
+        "   ",
+        submissions.test_a_key_that_came_with_a_name_that_was_known_holds_beyond_the_name,
+    ),
+    "what is known is asked without the key": (
+        "  return known_by_key(p, tenant, args[2], args[3], now_ms()) or known_by_names",
+        "  return known_by_names",
+        submissions.test_what_a_key_stands_for_is_told_without_a_submission,
+    ),
+    "what is known is asked without the names": (
+        " or known_by_names(p, tenant, tasks) or { 'NONE' }",
+        " or { 'NONE' }",
+        submissions.test_whose_names_are_is_told_without_a_submission,
+    ),
     "a batch takes what names are left": (
         "  if #ids < #tasks then return { 'CONFLICT', 'name', taken } end\n",
         "  if #ids < #tasks then return nil end\n",

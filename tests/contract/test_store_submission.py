@@ -117,6 +117,15 @@ async def test_old_keys_go_with_new_ones_and_with_sweeps(lab: Lab):
     assert (await dump(lab.store)).hashes["ik:red"].keys() == {keys[5].key}
 
 
+async def test_a_full_store_tells_what_a_key_stands_for(lab: Lab):
+    first = await lab.store.submit("red", 10, [submission()], KEY)
+    await lab.raw("CONFIG", "SET", "maxmemory", 1)
+    try:
+        assert await lab.store.known("red", KEY, [("", "")]) == SubmitReply(first.tasks, replayed=True)
+    finally:
+        await lab.raw("CONFIG", "SET", "maxmemory", 0)
+
+
 async def test_a_refused_submission_takes_neither_key_nor_name(lab: Lab):
     await lab.submit(3)
     with pytest.raises(QuotaExceeded):
@@ -199,6 +208,56 @@ async def test_an_array_has_a_name_like_a_task(lab: Lab):
     assert (await lab.store.submit("red", 9, [submission(name="sweep", digest="1", count=3)])).tasks == ((array, S.CANCELLED),)
     await forget_all(lab)
     assert await lab.store.task_named("red", "sweep") is None
+
+
+# --- what was asked before, without asking for it ------------------------------------------------------------------
+
+
+async def test_what_a_key_stands_for_is_told_without_a_submission(lab: Lab):
+    batch = [submission(), submission()]
+    first = await lab.store.submit("red", 10, batch, KEY)
+    before = await dump(lab.store)
+    unnamed = [("", "")] * 2
+    assert await lab.store.known("red", KEY, unnamed) == SubmitReply(first.tasks, replayed=True)
+    with pytest.raises(IdempotencyConflict):
+        await lab.store.known("red", OTHER_BODY, unnamed)
+    assert await lab.store.known("red", IdempotencyKey("x" * 64, KEY.digest), unnamed) is None
+    assert await lab.store.known("blue", KEY, unnamed) is None, "a key is every tenant's"
+    assert await dump(lab.store) == before, "asking has changed something"
+    await age_keys(lab, "red", DAY_MS + 1000)
+    assert await lab.store.known("red", KEY, unnamed) is None
+
+
+async def test_whose_names_are_is_told_without_a_submission(lab: Lab):
+    names = [("a", "1"), ("b", "2")]
+    first = await lab.store.submit("red", 9, [submission(name=n, digest=d) for n, d in names])
+    await lab.store.cancel(first.tasks[0][0], "red")
+    ids = [task_id for task_id, _ in first.tasks]
+    before = await dump(lab.store)
+    now = ((ids[0], S.CANCELLED), (ids[1], S.QUEUED))
+    assert await lab.store.known("red", KEY, names) == SubmitReply(now, replayed=True)
+    assert await lab.store.known("red", None, names[1:]) == SubmitReply(now[1:], replayed=True)
+    for others in ([("a", "9")], [("a", "1"), ("", "")], [("a", "1"), ("c", "3")]):
+        with pytest.raises(NameTaken, match="'a'"):
+            await lab.store.known("red", None, others)
+    assert await lab.store.known("red", None, [("c", "3"), ("", "")]) is None
+    assert await lab.store.known("blue", None, names) is None, "a name is every tenant's"
+    assert await dump(lab.store) == before, "asking has changed something"
+
+
+async def test_a_key_that_came_with_a_name_that_was_known_holds_beyond_the_name(lab: Lab):
+    named = submission(name="train", digest=KEY.digest)
+    await lab.store.submit("red", 10, [named])
+    again = await lab.store.submit("red", 10, [submission(name="train", digest=KEY.digest)], KEY)
+    assert again == SubmitReply(((named.task_id, S.QUEUED),), replayed=True)
+    with pytest.raises(NameTaken):  # what is refused keeps no key
+        await lab.store.submit("red", 10, [submission(name="train", digest="9")], IdempotencyKey("x" * 64, "9"))
+    await lab.store.cancel(named.task_id, "red")
+    await forget_all(lab)
+    late = await lab.store.submit("red", 10, [submission(name="train", digest=KEY.digest)], KEY)
+    assert late == SubmitReply(((named.task_id, None),), replayed=True), "a key that was answered made a new task"
+    other = IdempotencyKey("x" * 64, "9")
+    assert not (await lab.store.submit("red", 10, [submission(name="train", digest="9")], other)).replayed
 
 
 # --- what it comes after ----------------------------------------------------------------------------------------------

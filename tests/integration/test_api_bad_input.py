@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -12,7 +13,7 @@ import pytest_asyncio
 
 from manager.api import problems
 from manager.core.answers import Problem
-from tests.integration.api_world import World, running_store, serving, until
+from tests.integration.api_world import NODE, World, running_store, serving, until
 
 # One server for all of these: what is refused leaves nothing behind, and that is part of what is tested.
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -200,6 +201,21 @@ async def test_what_no_device_could_hold_is_refused_with_the_largest_named(world
 async def test_another_content_type_is_415(world: World, content_type):
     """A7: it also keeps a web page from posting with somebody's browser."""
     refused(await post(world, GOOD, content_type=content_type), 415, "UnsupportedMediaType", "application/json")
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}], ids=["no type", "another type"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "in chunks"])
+async def test_a_body_that_may_be_left_out_is_not_ignored_where_it_is_not_read(world: World, headers, chunked):
+    """A drain without the deadline that somebody gave would wait for ever."""
+    body = b'{"deadline":"5m"}'
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield body
+
+    path = f"/v1/workers/{NODE}/drain"
+    reply = await world.client("admin").post(path, content=pieces() if chunked else body, headers=headers)
+    refused(reply, 415, "UnsupportedMediaType", "application/json")
+    assert (await world.client().get(f"/v1/workers/{NODE}")).json()["cordon"] == ""
 
 
 async def test_json_in_utf8_is_taken_however_the_type_is_written(world: World):

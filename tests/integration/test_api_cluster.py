@@ -106,6 +106,15 @@ async def test_status_names_silent_nodes_leaders_and_sick_devices(store_server):
         beating.cancel()
 
 
+async def test_a_drain_needs_no_body_and_one_that_has_no_bytes_is_none(world: World):
+    path = f"/v1/workers/{NODE}/drain"
+    for headers in ({}, {"content-type": "application/json"}):
+        reply = await world.client("admin").post(path, headers=headers)
+        assert (reply.status_code, reply.json()["cordon"], reply.json()["deadline_at"]) == (200, "drain", None), reply.text
+    body = await world.client("admin").post(path, json={"deadline": "5m"})
+    assert body.json()["deadline_at"] is not None
+
+
 async def test_health_says_ok_and_readiness_tells_the_rest(world: World):
     assert (await world.client("nobody").get("/livez")).json() == {"status": "ok"}
     reply = await until_answer(lambda: world.client("nobody").get("/readyz"), lambda reply: reply.json()["nodes_live"] == 1)

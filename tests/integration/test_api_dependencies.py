@@ -8,6 +8,7 @@ import pytest
 from manager.core.answers_tasks import AttemptList, TaskLog
 from manager.core.lifecycle import Outcome, TaskStatus
 from manager.core.model import ProgressNote
+from manager.core.requests import LINKS_MAX
 from tests.integration.api_world import NODE, World, serving, until
 
 pytestmark = pytest.mark.integration
@@ -71,6 +72,24 @@ async def test_what_names_no_earlier_task_is_refused_with_its_place(world: World
         assert (refused.status_code, refused.json()["field"]) == (400, "tasks[1].after[0]"), refused.text
         assert words in refused.json()["detail"]
     assert (await world.client().get("/v1/tasks")).json()["tasks"] == []
+
+
+async def test_a_request_has_a_bounded_number_of_links(world: World):
+    """The store writes each of them: 10,000 tasks after 100 others would be a million."""
+    parents = [(await world.client().post("/v1/tasks", json=ECHO)).json()["task_id"] for _ in range(3)]
+    most = LINKS_MAX // len(parents)
+    for body, path, field in (
+        (ECHO | {"count": most + 1, "after": parents}, "", "after"),
+        ({"tasks": [ECHO] * 101 + [ECHO | {"after": list(range(100))}] * 201}, "/batch", "tasks"),
+    ):
+        refused = await world.client().post(f"/v1/tasks{path}", json=body)
+        assert (refused.status_code, refused.json()["field"]) == (400, field), refused.text
+        for words in (f"at most {LINKS_MAX:,}", "one task that comes after those others"):
+            assert words in refused.json()["detail"]
+    # The same parent twice is one link.
+    taken = await world.client().post("/v1/tasks", json=ECHO | {"count": most, "after": parents * 2})
+    assert (taken.status_code, taken.json()["count"]) == (202, most), taken.text
+    assert (await world.client().post(f"/v1/arrays/{taken.json()['task_id']}/cancel")).json()["cancelled"] == most
 
 
 async def test_each_attempt_says_where_it_was_and_why_it_ended(world: World):

@@ -1,21 +1,27 @@
 """explain, plan and snapshot over real HTTP and a real store; and replay, which needs neither."""
 
+import asyncio
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
 from manager.cli.exits import Exit
 from manager.cli.main import main
 from manager.core.explain import Explanation
-from manager.core.foresee import PlanView, When
+from manager.core.foresee import Forecast, PlanView, When, foresee
 from manager.core.index import index_of
 from manager.core.planner import plan
 from manager.core.quantities import GIB
+from manager.core.requests import PLAN_KINDS_MAX
 from manager.core.snapshot import decode_snapshot
 from manager.settings import AutoscalerSettings, GroupSettings, Settings
-from tests.integration.api_world import NODE, World, serving, until_answer
+from tests.integration.api_world import NODE, World, serving, until, until_answer
 
 pytestmark = pytest.mark.integration
 GROUPS = Settings(
@@ -82,6 +88,80 @@ async def test_the_body_is_that_of_a_submission_or_of_a_batch(world: World):
         reply = await world.client().post("/v1/plan", json=body)
         assert reply.status_code in {400, 422}, reply.text
         assert words in reply.json()["detail"], reply.text
+
+
+async def test_a_plan_is_of_a_bounded_number_of_kinds(world: World):
+    def tasks(kinds: int) -> dict[str, object]:
+        different = [{"function": "echo", "resources": {"memory": f"{1 + number}GiB"}} for number in range(kinds)]
+        return {"tasks": different * 2}
+
+    found = await world.client().post("/v1/plan", json=tasks(PLAN_KINDS_MAX))
+    assert (found.status_code, len(found.json()["requests"])) == (200, PLAN_KINDS_MAX)
+    refused = await world.client().post("/v1/plan", json=tasks(PLAN_KINDS_MAX + 1))
+    assert (refused.status_code, refused.json()["field"]) == (400, "tasks"), refused.text
+    for words in (f"of {PLAN_KINDS_MAX + 1} kinds", f"at most {PLAN_KINDS_MAX}"):
+        assert words in refused.json()["detail"]
+
+
+class Gate:
+    """Holds plans at work, each before its kinds, until it is opened; counts the kinds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.kinds = 0
+        monkeypatch.setattr("manager.api.foresight.foresee", self._foresee)
+
+    def _foresee(self, *args: Any, **more: Any) -> Iterator[Forecast]:
+        for forecast in foresee(*args, **more):
+            self.kinds += 1
+            assert self.open.wait(20)
+            yield forecast
+
+
+async def test_plans_are_worked_out_one_after_the_other(world: World, monkeypatch):
+    gate = Gate(monkeypatch)
+    first = asyncio.create_task(planned(world))
+    await until(lambda: gate.kinds)
+    with monkeypatch.context() as patched:
+        patched.setattr("manager.api.foresight.TURN_S", 0.05)
+        late = await world.client("reader").post("/v1/plan", json={"function": "echo"})
+    assert (late.status_code, late.json()["code"], late.headers["retry-after"]) == (503, "Overloaded", "1")
+    assert gate.kinds == 1, "two plans were worked out at once"
+    second = asyncio.create_task(planned(world))
+    assert (await world.client().get("/v1/tasks")).status_code == 200, "others wait for a plan"
+    gate.open.set()
+    assert (await first) == (await second)
+    assert gate.kinds == 2
+
+
+async def test_a_plan_ends_once_nobody_waits_for_it(world: World, monkeypatch):
+    gate = Gate(monkeypatch)
+    connections = world.server.server_state.connections
+    tasks = [{"function": "echo", "priority": priority} for priority in range(5)]
+    async with httpx.AsyncClient(base_url=world.base_url, headers=world.client().headers) as leaving:
+        before = set(connections)
+        asking = asyncio.create_task(leaving.post("/v1/plan", json={"tasks": tasks}))
+        await until(lambda: gate.kinds)
+        (its_own,) = connections - before
+        asking.cancel()
+    await until(lambda: its_own not in connections)
+    for _ in range(10):  # turns of the loop until the plan has heard of it
+        await asyncio.sleep(0)
+    gate.open.set()
+    assert (await planned(world)).when is When.NOW, "the place was not left"
+    assert gate.kinds == 2, "a plan went on for nobody"
+
+
+async def test_a_key_has_a_bounded_number_of_plans(store_server, monkeypatch):
+    monkeypatch.setattr("manager.api.foresight.PLANS_MAX", 1)
+    async with serving(store_server.url) as world:
+        gate = Gate(monkeypatch)
+        first = asyncio.create_task(planned(world))
+        await until(lambda: gate.kinds)
+        more = await world.client().post("/v1/plan", json={"function": "echo"})
+        assert (more.status_code, more.json()["code"]) == (503, "Overloaded")
+        gate.open.set()
+        assert (await first) == await planned(world)
 
 
 async def test_a_plan_agrees_with_the_explanation_once_it_is_submitted(world: World):

@@ -4,8 +4,10 @@ import asyncio
 import datetime as dt
 
 import httpx
+import msgspec
 import pytest
 
+from manager.core.functions import decode_published, encode_published
 from manager.core.lifecycle import TaskStatus
 from manager.settings import Settings, TenantSettings
 from tests.integration.api_world import World, serving, until_answer
@@ -109,6 +111,86 @@ async def test_what_was_accepted_is_answered_though_it_would_be_refused_by_now(s
         assert (await post(world, body, "another")).json()["code"] == "DeadlinePassed"
 
 
+NOW_REFUSED = ["gone", "another schema", "broken"]
+
+
+async def change_functions(world: World, how: str) -> None:
+    """Every function is not what it was, and the API knows."""
+    published = {name: decode_published(blob) for name, blob in (await world.store.functions()).items()}
+    await world.store.forget_functions()
+    for name, function in published.items() if how != "gone" else ():
+        strict = msgspec.Raw(b'{"type":"object","required":["new"]}')
+        changed = {"schema": strict} if how == "another schema" else {"error": "No module named 'torch'"}
+        await world.store.publish_function(name, encode_published(msgspec.structs.replace(function, **changed)))
+    await world.server.api.functions.refresh()
+
+
+@pytest.mark.parametrize("how", NOW_REFUSED)
+async def test_a_replay_is_told_though_its_function_is_not_what_it_was(world: World, how: str):
+    """Answers are lost when something restarts, and then nodes have yet to publish what they have: nothing may run twice."""
+    asked = [
+        (PLAIN, "one", ""),
+        (PLAIN | {"name": "n"}, None, ""),
+        (PLAIN | {"count": 3, "name": "array"}, None, ""),
+        (PLAIN | {"count": 2}, "array", ""),
+        ({"tasks": [PLAIN, PLAIN | {"after": [0]}]}, "batch", "/batch"),
+        ({"tasks": [PLAIN | {"name": "a"}, PLAIN | {"name": "b"}]}, None, "/batch"),
+    ]
+    first = [await post(world, body, key, path=path) for body, key, path in asked]
+    assert {reply.status_code for reply in first} == {202}
+    before = await count(world)
+    await change_functions(world, how)
+    for (body, key, path), reply in zip(asked, first, strict=True):
+        again = await post(world, body, key, path=path)
+        assert again.status_code == 202, again.text
+        assert again.headers["idempotency-replayed"] == "true"
+        assert again.headers.get("location") == reply.headers.get("location")
+        accepted = [[task["task_id"] for task in said.json().get("tasks", [said.json()])] for said in (reply, again)]
+        assert accepted[0] == accepted[1]
+    assert (await post(world, PLAIN | {"priority": 1}, "one")).json()["code"] == "IdempotencyConflict"
+    assert (await post(world, PLAIN | {"name": "n", "priority": 1})).json()["code"] == "NameTaken"
+    assert (await post(world, {"tasks": [PLAIN, PLAIN | {"name": "n"}]}, path="/batch")).json()["code"] == "NameTaken"
+    code = {"gone": "FunctionNotFound", "another schema": "InvalidArguments", "broken": "FunctionUnavailable"}[how]
+    for key, who in ((None, "user"), ("new", "user"), ("one", "other")):
+        assert (await post(world, PLAIN, key, who=who)).json()["code"] == code
+    assert (await post(world, PLAIN | {"name": "new"})).json()["code"] == code
+    assert await count(world) == before
+
+
+async def test_a_replay_is_told_though_limits_are_lower_by_now(store_server):
+    body = {"function": "any", "args": {"text": "x" * 2000}, "time_limit": "2h", "name": "n"}
+    async with serving(store_server.url) as world:
+        first = [await post(world, body), await post(world, body | {"name": "m"}, "k")]
+        lower = Settings(
+            api=msgspec.structs.replace(Settings().api, args_bytes_max=1000),
+            tasks=msgspec.structs.replace(Settings().tasks, time_limit_s_max=3600.0),
+        )
+        async with serving(store_server.url, lower, keys=world.keys) as later:
+            again = [await post(later, body), await post(later, body | {"name": "m"}, "k")]
+            assert [reply.json() for reply in again] == [reply.json() | {"replayed": True} for reply in first]
+            assert (await post(later, body | {"name": "o"})).json()["code"] == "TooLarge"
+            short = body | {"name": "o", "args": {}}
+            assert (await post(later, short)).json()["field"] == "time_limit"
+
+
+async def test_a_replay_is_told_by_a_store_that_is_full(world: World):
+    first = await post(world, PLAIN, "k")
+    await world.store.connection.call("CONFIG", "SET", "maxmemory", 1)
+    try:
+        assert (await post(world, PLAIN, "k")).json() == first.json() | {"replayed": True}
+        assert (await post(world, PLAIN, "new")).json()["code"] == "StoreFull"
+    finally:
+        await world.store.connection.call("CONFIG", "SET", "maxmemory", 0)
+
+
+async def test_a_key_that_came_with_a_known_name_is_that_task_for_its_day(world: World):
+    body = PLAIN | {"name": "n"}
+    first = await post(world, body)
+    assert (await post(world, body, "k")).json() == first.json() | {"replayed": True}
+    refused = await post(world, body | {"name": "other"}, "k")
+    assert refused.json()["code"] == "IdempotencyConflict"
+
+
 async def test_a_name_is_one_task_and_its_second_request_a_replay(world: World):
     body = {**PLAIN, "name": "train/7"}
     first, again = await post(world, body), await post(world, body)
@@ -154,6 +236,7 @@ def store_server_url(world: World) -> str:
 WRONG = [
     ({"name": "-x"}, "name", "letters"),
     ({"name": "x" * 129}, "name", "128"),
+    ({"name": "train-7\n"}, "name", "letters"),
     ({"deadline": "tomorrow"}, "deadline", "2027-01-31T18:00:00Z"),
     ({"deadline": "2030-01-01T00:00:00"}, "deadline", "offset"),
     ({"deadline": "2999-01-01T00:00:00Z"}, "deadline", "366 days"),
@@ -161,6 +244,8 @@ WRONG = [
     ({"total_timeout": "soon"}, "total_timeout", "not a duration"),
     ({"start_timeout": "10m", "total_timeout": "5m"}, "start_timeout", "total_timeout of 5m 00s"),
     ({"retry_on": ["a b"]}, "retry_on[0]", "ConnectionError"),
+    ({"retry_on": ["OSError\n"], "max_attempts": 2}, "retry_on[0]", "ConnectionError"),
+    ({"retry_on": ["OSError"]}, "retry_on", "'max_attempts' of 2 or more"),
     ({"index_as": "x"}, "index_as", "count"),
 ]
 

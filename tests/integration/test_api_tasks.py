@@ -61,6 +61,19 @@ async def test_get_with_wait_answers_when_the_task_ends(world: World):
     assert view.created_at <= view.started_at <= view.finished_at
 
 
+async def test_a_wait_is_obeyed_also_where_arguments_are_wanted(world: World):
+    task_id = await world.submit(args={"x": 5})
+    path = f"/v1/tasks/{task_id}?args=true&wait="
+    waiting = asyncio.create_task(world.client().get(f"{path}30s"))
+    await until(lambda: world.server.api.ends._waiters.get(task_id))
+    await world.agent.run_all()
+    for reply in (await waiting, await world.client().get(f"{path}30s")):
+        view = msgspec.json.decode(reply.content, type=TaskView)
+        assert (view.status, view.args) == (TaskStatus.SUCCEEDED, msgspec.Raw(b'{"x":5}'))
+    refused = await world.client().get(f"{path}soon")
+    assert (refused.status_code, refused.json()["field"]) == (400, "wait")
+
+
 async def test_what_is_remembered_equals_what_is_read(world: World):
     """The answer made from the event must be that which the record would give."""
     task_id = await world.submit()

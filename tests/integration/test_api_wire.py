@@ -2,15 +2,24 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import socket
 
+import httpx
 import pytest
 
 from manager.api import exchange, protocol
-from tests.integration.api_world import World, until
+from manager.core.lifecycle import Outcome
+from manager.core.model import End, ResultFile
+from manager.results.folder import FolderResults
+from manager.settings import ResultSettings, Settings
+from tests.integration.api_world import World, serving, until, until_answer
 
 pytestmark = pytest.mark.integration
+
+LARGE_BYTES = 32 * 1024 * 1024
+"""More than sockets take in while nobody reads."""
 
 
 class Peer:
@@ -193,11 +202,72 @@ async def test_requests_over_the_limit_are_asked_to_come_again(world: World, mon
     task_id = await world.submit()
     waiting = [asyncio.create_task(world.client().get(f"/v1/tasks/{task_id}?wait=20")) for _ in range(2)]
     await until(lambda: len(world.server.api.ends._waiters.get(task_id, [])) == 2)
-    reply = await world.client().get("/livez")
-    assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "Overloaded", "1")
+    for path in ("/v1/tasks", f"/v1/tasks/{task_id}", "/docs", "/livez/x"):
+        reply = await world.client().get(path)
+        assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (503, "Overloaded", "1")
+    for path in ("/livez", "/readyz", "/metrics", "/health"):  # who is refused there restarts the process
+        assert (await world.client("nobody").get(path)).status_code == 200, path
     await world.agent.run_all()
     assert [(await one).status_code for one in waiting] == [200, 200]
-    assert (await world.client().get("/livez")).status_code == 200
+    assert (await world.client().get("/v1/tasks")).status_code == 200
+
+
+async def test_a_key_that_waits_often_enough_is_answered_as_if_its_time_were_up(store_server, monkeypatch):
+    """One key must not take the places of all others."""
+    monkeypatch.setattr("manager.api.tasks.WAITS_MAX", 2)
+    async with serving(store_server.url) as world:
+        task_id = await world.submit()
+        path, waiters = f"/v1/tasks/{task_id}", world.server.api.ends._waiters
+
+        def wait(who: str = "user", more: str = "") -> asyncio.Task[httpx.Response]:
+            return asyncio.create_task(world.client(who).get(f"{path}{more}?wait=25"))
+
+        waiting = [wait(), wait()]
+        await until(lambda: len(waiters.get(task_id, [])) == 2)
+        async with asyncio.timeout(15):
+            assert (await wait()).json()["status"] == "QUEUED"
+            assert (await wait(more="/logs")).json()["ended"] is False
+        waiting.append(wait("reader"))
+        await until(lambda: len(waiters.get(task_id, [])) == 3)
+        await world.agent.run_all()
+        assert [(await one).json().get("status") for one in waiting] == ["SUCCEEDED"] * 3
+        task_id = await world.submit()  # places that were left can be taken again
+        path = f"/v1/tasks/{task_id}"
+        waiting = [wait(), wait(more="/logs")]
+        await until(lambda: len(waiters.get(task_id, [])) == 2)
+        await world.agent.run_all()
+        assert [(await one).status_code for one in waiting] == [200, 200]
+
+
+async def test_a_key_that_reads_many_large_results_is_asked_to_come_again(store_server, monkeypatch, tmp_path):
+    monkeypatch.setattr("manager.api.results.STREAMS_MAX", 1)
+    settings = Settings(results=ResultSettings(url=str(tmp_path)))
+    async with serving(store_server.url, settings) as world:
+        task_id = await world.submit()
+        slot = await world.agent.open(await world.agent.shape_of_first_queue())
+        (claim,) = await world.agent.claim(slot)
+        file = await kept(FolderResults(tmp_path), task_id, slot, LARGE_BYTES)
+        end = End(task_id, claim.attempt, Outcome.SUCCEEDED, age_s=0.0, file=file)
+        assert None not in (await world.store.next(slot, world.agent.incarnation, 0, [end])).statuses
+        path = f"/v1/tasks/{task_id}/result"
+        slow = await Peer.of(world)
+        slow.writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {world.keys['user']}\r\n\r\n".encode())
+        await slow.reader.readuntil(b"\r\n\r\n")
+        refused = await world.client().get(path)
+        assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (503, "Overloaded", "1")
+        assert len((await world.client("reader").get(path)).content) == LARGE_BYTES
+        slow.writer.transport.abort()
+        whole = await until_answer(lambda: world.client().get(path), lambda reply: reply.status_code == 200)
+        assert len(whole.content) == LARGE_BYTES
+
+
+async def kept(results: FolderResults, task_id: str, slot: str, size: int) -> ResultFile:
+    """A result of so many bytes, as an agent keeps it."""
+    results.prepare()
+    path = results.place(task_id, 1, slot)
+    assert path is not None
+    path.write_bytes(bytes(size))
+    return await results.keep(path, task_id, 1, slot, size, hashlib.sha256(bytes(size)).hexdigest())
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.leftovers = [root / f"files/7k/{new_id()}-1.json", root / f"writing/{new_id()}-2.json"]
+        self.leftovers: list[Path] = []
         self.checkpoints = root / "checkpoints" / new_id()
         root.mkdir(parents=True)
         mount = shutil.which("mount")
@@ -45,7 +45,13 @@ class Store:
         )
 
     def plant(self) -> None:
-        """What a cluster that died two hours ago has left."""
+        """What agents that died two hours ago have left, one of them of a version whose names had no slot."""
+        written = [
+            f"files/7k/{new_id()}-1-{new_id()}.json",
+            f"files/7k/{new_id()}-1.json",
+            f"writing/{new_id()}-2-{new_id()}.json",
+        ]
+        self.leftovers = [self.root / name for name in written]
         (self.checkpoints / "deep").mkdir(parents=True)
         for path in (*self.leftovers, self.checkpoints / "deep" / "model.pt"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +69,6 @@ class Store:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     found = Store(tmp_path_factory.mktemp("results") / "data" / "results")
     try:
-        found.plant()
         yield found
     finally:
         found.close()
@@ -164,9 +169,17 @@ def test_who_reads_slowly_and_leaves_holds_up_nobody(cluster: Cluster, large: Ta
 
 
 def test_what_was_left_is_removed_soon_after_the_start(cluster: Cluster, store: Store, large: Task):
-    eventually(lambda: not any(path.exists() for path in store.leftovers), 15, "the leftovers are gone")
+    identity = json.loads((cluster.directory / "data" / "cluster.json").read_text())["cluster"]
+    marker = store.root / "cluster" / identity
+    eventually(marker.exists, 15, "the first leader has noted whose results these are")
+    store.plant()
+    controller = cluster.role("controller")
+    controller.kill()
+    cluster.wait_role("controller", controller.pid)
+    eventually(lambda: not any(path.exists() for path in store.leftovers), 20, "the leftovers are gone")
     eventually(lambda: not store.checkpoints.exists(), 15, "checkpoints of nobody are gone")
     assert file_of(store, large).exists()
+    assert [path.name for path in marker.parent.iterdir()] == [identity]
     log = (cluster.directory / "data" / "logs" / "controller.log").read_text()
     assert "results_removed" in log
 

@@ -77,17 +77,17 @@ class PlayedResults:
         self.gate.set()
         self.problem = None
 
-    def place(self, task_id, attempt):
-        return Path(f"/results/writing/{task_id}-{attempt}")
+    def place(self, task_id, attempt, slot_id):
+        return Path(f"/results/writing/{task_id}-{attempt}-{slot_id}")
 
     def folder(self, _task_id):
         return ""
 
-    async def keep(self, _path, task_id, attempt, size, sha256):
+    async def keep(self, _path, task_id, attempt, slot_id, size, sha256):
         await self.gate.wait()
         if self.problem is not None:
             raise self.problem
-        return ResultFile(f"files/{task_id}-{attempt}", size, sha256)
+        return ResultFile(f"files/{task_id}-{attempt}-{slot_id}", size, sha256)
 
     async def discard(self, file):
         self.discarded.append(file.name)
@@ -308,7 +308,7 @@ async def test_others_do_not_wait_for_a_result_that_is_being_kept(worlds):
     assert [end.task_id for end in await world.ended()] == ["small"]
     world.results.gate.set()
     large = (await world.ended(2))[1]
-    assert (large.outcome, large.payload, large.file) == (Outcome.SUCCEEDED, b"", ResultFile("files/large-1", 3, "ab"))
+    assert (large.outcome, large.payload, large.file) == (Outcome.SUCCEEDED, b"", ResultFile("files/large-1-s", 3, "ab"))
 
 
 async def test_a_result_that_cannot_be_kept_fails_its_task_as_it_asked(worlds):
@@ -324,7 +324,7 @@ async def test_a_result_that_cannot_be_kept_fails_its_task_as_it_asked(worlds):
 async def test_a_result_is_discarded_where_no_record_names_it(worlds, named):
     world = worlds(claim("t"))
     world.store.late = True
-    file = ResultFile("files/t-1" if named else "files/t-2", 3, "ab")
+    file = ResultFile("files/t-1-s" if named else "files/t-1-other", 3, "ab")
     world.store.records["t"] = TaskRecord(
         task_id="t",
         status=TaskStatus.SUCCEEDED,
@@ -336,7 +336,7 @@ async def test_a_result_is_discarded_where_no_record_names_it(worlds, named):
     )
     (await world.executor()).answer(**FILE)
     await world.until(lambda: world.runner.idle)
-    assert world.results.discarded == ([] if named else ["files/t-1"])
+    assert world.results.discarded == ([] if named else ["files/t-1-s"])
 
 
 @pytest.mark.parametrize(

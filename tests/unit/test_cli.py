@@ -2,14 +2,17 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
 
 from manager import client_wire
 from manager.cli import main as cli
+from manager.cli import workers
 from manager.cli.exits import Exit
 from manager.cli.session import Session
 from manager.client import Client
@@ -65,7 +68,7 @@ class Server:
         status, body = self.answers.get(
             f"{request.method} {request.url.path}", (404, {"detail": "There is no such task.", "code": "NotFound"})
         )
-        if isinstance(body, Exception):
+        if isinstance(body, BaseException):
             raise body
         return httpx.Response(status, json=body)
 
@@ -138,6 +141,61 @@ def test_a_wait_that_is_over_has_an_exit_code_of_its_own(server):
     server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
     server.answers[f"GET /v1/tasks/{ID}"] = (200, VIEW | {"status": "RUNNING"})
     assert cli.main(["submit", "--wait", "--timeout", "0", "echo"]) == Exit.TIMED_OUT
+
+
+@pytest.mark.parametrize(
+    ("told", "expected", "words"),
+    [
+        pytest.param({"code": "TaskFailed", "error": FAILED["error"]}, Exit.FAILED, "ValueError: no", id="failed"),
+        pytest.param({"code": "TaskCancelled"}, Exit.FAILED, f"Task {ID} was cancelled", id="cancelled"),
+        pytest.param({"code": "NotFinished", "retryable": True}, Exit.TIMED_OUT, "the task is RUNNING", id="not finished"),
+    ],
+)
+def test_a_result_that_there_is_not_is_told_like_the_end_of_a_waited_task(server, capsys, told, expected, words):
+    server.answers[f"GET /v1/tasks/{ID}/result"] = (409, {"detail": "the task is RUNNING", "task_id": ID} | told)
+    assert cli.main(["result", ID]) == expected
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert words in printed.err
+    assert ("File x" in printed.err) == (told["code"] == "TaskFailed")
+    assert cli.main(["result", ID, "-o", "json"]) == expected
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert (error["code"], error["exit"], error["task_id"]) == (told["code"], expected, ID)
+    assert error.get("error") == told.get("error")
+
+
+@pytest.mark.parametrize("key", [None, "today 1"])
+def test_a_submission_of_which_nobody_knows_tells_its_key(server, capsys, monkeypatch, key):
+    monkeypatch.setattr(client_wire, "SUBMIT_PATIENCE_S", 0.0)
+    server.answers["POST /v1/tasks"] = (0, httpx.ReadTimeout("slow"))
+    given = [] if key is None else ["--idempotency-key", key]
+    assert cli.main(["submit", "echo", *given]) == Exit.UNREACHABLE
+    sent = server.seen[0].headers["idempotency-key"]
+    assert f"again with --idempotency-key {shlex.quote(sent)} " in capsys.readouterr().err
+    assert key in {None, sent}
+    assert cli.main(["submit", "echo", *given, "-o", "json"]) == Exit.UNREACHABLE
+    told = json.loads(capsys.readouterr().err)["error"]
+    assert told["idempotency_key"] == server.seen[-1].headers["idempotency-key"]
+
+
+def test_a_submission_that_is_broken_off_tells_its_key(server, capsys):
+    server.answers["POST /v1/tasks"] = (0, KeyboardInterrupt())
+    assert cli.main(["submit", "echo", "--count", "3"]) == Exit.INTERRUPTED
+    assert f"--idempotency-key {server.seen[0].headers['idempotency-key']} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [(0, httpx.ConnectError("refused")), (429, {"detail": "full", "code": "QuotaExceeded"})])
+def test_a_submission_that_was_refused_has_no_key_to_tell(server, capsys, answer):
+    server.answers["POST /v1/tasks"] = answer
+    assert cli.main(["submit", "echo"]) in {Exit.UNREACHABLE, Exit.REFUSED}
+    assert "idempotency" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["", "a ", "a\nb", "ä"])
+def test_a_key_that_cannot_be_sent_is_wrong_input(server, capsys, key):
+    assert cli.main(["submit", "echo", "--idempotency-key", key]) == Exit.USAGE
+    assert "1 to 255 printable ASCII characters" in capsys.readouterr().err
+    assert not server.seen
 
 
 @pytest.mark.parametrize(
@@ -374,7 +432,12 @@ def test_cancelling_several_ends_the_others_though_one_is_unknown(server, capsys
     assert cli.main(["cancel", other, ID]) == Exit.NOT_FOUND
     printed = capsys.readouterr()
     assert printed.out == f"{ID} is being ended\n"
-    assert other in printed.err
+    assert printed.err == f"error: {other}: There is no such task.\n"
+    assert cli.main(["cancel", other, ID, "-o", "json"]) == Exit.NOT_FOUND
+    printed = capsys.readouterr()
+    assert [answer["task_id"] for answer in json.loads(printed.out)] == [ID]
+    told = {"code": "NotFound", "message": "There is no such task.", "exit": Exit.NOT_FOUND, "task": other}
+    assert [json.loads(line) for line in printed.err.splitlines()] == [{"error": told}]
 
 
 def test_a_new_key_is_all_that_goes_to_stdout(server, capsys):
@@ -386,13 +449,98 @@ def test_a_new_key_is_all_that_goes_to_stdout(server, capsys):
     assert "shown this once" in printed.err
 
 
+def stdin_of(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data))
+
+
 def test_arguments_come_from_stdin_and_files(server, capsys, monkeypatch, tmp_path):
     server.answers["POST /v1/tasks"] = (202, {"task_id": ID, "status": "QUEUED"})
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"x": 2}'))
+    monkeypatch.setattr(sys, "stdin", stdin_of(b'{"x": 2}'))
     (tmp_path / "args.json").write_text('{"x": 3}')
     assert cli.main(["submit", "echo", "-"]) == Exit.OK
     assert cli.main(["submit", "echo", f"@{tmp_path}/args.json"]) == Exit.OK
     assert [json.loads(request.content)["args"] for request in server.seen] == [{"x": 2}, {"x": 3}]
+
+
+@pytest.mark.parametrize("command", ["submit", "plan"])
+@pytest.mark.parametrize(
+    ("stdin", "words"),
+    [
+        pytest.param(b"\xff", "stdin cannot be read: 'utf-8' codec", id="no UTF-8"),
+        pytest.param(None, "stdin cannot be read: it is closed", id="closed"),
+        pytest.param(b"[", "stdin: not JSON", id="no JSON"),
+    ],
+)
+def test_what_stdin_cannot_give_is_refused_in_words(server, capsys, monkeypatch, command, stdin, words):
+    monkeypatch.setattr(sys, "stdin", None if stdin is None else stdin_of(stdin))
+    assert cli.main([command, "echo", "-"]) == Exit.USAGE
+    assert words in capsys.readouterr().err
+    assert not server.seen
+
+
+DRAINING = {
+    "node": "node-1",
+    "state": "draining",
+    "hostname": "h",
+    "source": "simulated",
+    "version": "1",
+    "slots": 1,
+    "tasks_running": 1,
+    "cordon": "drain",
+    "remove": True,
+    "cpus_leased": 2.0,
+    "host_leased_bytes": 2**30,
+    "readings_age_s": 0.1,
+}
+
+
+def test_a_node_that_is_gone_once_it_was_drained_is_told(server, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "POLL_S", 0.0)
+    server.answers["POST /v1/workers/node-1/drain"] = (200, DRAINING)
+    assert cli.main(["drain", "node-1", "--remove", "--wait", "-o", "json"]) == Exit.OK
+    nothing = {"slots": 0, "tasks_running": 0, "devices": [], "cpus_leased": 0, "host_leased_bytes": 0, "readings_age_s": None}
+    view = json.loads(capsys.readouterr().out)
+    assert view == view | DRAINING | {"state": "left"} | nothing
+    assert cli.main(["drain", "node-1", "--remove", "--wait"]) == Exit.OK
+    assert capsys.readouterr() == ("", "node-1 is gone\n")
+
+
+DECISIONS = {"decisions": [], "next_cursor": None}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["-o", "json", "autoscaler", "history"],
+        ["autoscaler", "-o", "json", "history"],
+        ["autoscaler", "history", "-o", "json"],
+        ["-o", "table", "autoscaler", "-o", "json", "history"],
+        ["autoscaler", "-o", "table", "history", "-o", "json"],
+    ],
+)
+def test_a_common_option_may_stand_before_or_after_each_word_of_a_command(server, capsys, args):
+    server.answers["GET /v1/autoscaler/decisions"] = (200, DECISIONS)
+    assert cli.main(args) == Exit.OK
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_of_a_setting_that_is_given_twice_the_later_one_counts(monkeypatch):
+    seen = []
+
+    def client(session):
+        seen.append(session.options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "client", client)
+    words = ["autoscaler", "history"]
+    for place in range(3):
+        args = [*words[:place], "--set", f"data_dir=/{place}", "--config", f"/{place}.yaml", *words[place:]]
+        assert cli.main(args) == Exit.INTERRUPTED
+        assert (dict(seen[-1].overrides), seen[-1].config) == ({"data_dir": f"/{place}"}, Path(f"/{place}.yaml"))
+    cli.main(
+        ["--set", "data_dir=/a", "autoscaler", "--set", "data_dir=/b", "--set", "api.port=1", "history", "--set", "api.port=2"]
+    )
+    assert dict(seen[-1].overrides) == {"data_dir": "/b", "api.port": "2"}
 
 
 def test_ctrl_c_is_no_error(server, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from manager.client import Array, Client, Task, task_request
 from manager.client_address import ClusterAddress, find_cluster
 from manager.client_errors import (
     ClusterUnreachable,
+    NotFinished,
     TaskCancelled,
     TaskFailed,
     UnexpectedAnswer,
@@ -171,6 +172,54 @@ def test_a_submission_that_got_no_answer_in_time_says_by_which_key_to_ask_again(
     assert lost.value.details["idempotency_key"] == seen[-1].headers["idempotency-key"]
 
 
+@pytest.mark.parametrize(
+    ("answers", "expected", "told"),
+    [
+        pytest.param([httpx.Response(503, json={"code": "StoreUnavailable"})], errors.StoreUnavailable, True, id="503"),
+        pytest.param([httpx.Response(502), httpx.ConnectError("refused")], ClusterUnreachable, True, id="502, then nobody"),
+        pytest.param(
+            [httpx.ReadError("reset"), httpx.Response(503, json={"code": "StoreFull"})],
+            errors.StoreFull,
+            True,
+            id="lost, full",
+        ),
+        pytest.param([httpx.Response(503, json={"code": "StoreFull"})], errors.StoreFull, False, id="full"),
+        pytest.param([httpx.Response(429, json={"code": "QuotaExceeded"})], errors.QuotaExceeded, False, id="a limit"),
+        pytest.param([httpx.ConnectError("refused")], ClusterUnreachable, False, id="never there"),
+    ],
+)
+def test_only_where_a_submission_may_have_been_accepted_is_its_key_told(monkeypatch, answers, expected, told):
+    monkeypatch.setattr(client_wire, "SUBMIT_PATIENCE_S", 0.05)
+    client, _ = answering(*answers)
+    with pytest.raises(expected) as refused:
+        client.submit("echo", idempotency_key="mine")
+    assert refused.value.details.get("idempotency_key") == ("mine" if told else None)
+
+
+WRONG_KEYS = ["", " ", " a", "a ", "a\nb", "a\r", "a\tb", "ä", "\udcff", "\x00", "x" * 256]
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS)
+def test_a_key_that_cannot_be_sent_as_it_is_is_refused_and_nothing_sent(key):
+    client, seen = answering(httpx.Response(202, json=QUEUED))
+    calls = [
+        lambda: client.submit("echo", idempotency_key=key),
+        lambda: client.submit_array("echo", count=2, idempotency_key=key),
+        lambda: client.submit_many([task_request("echo")], idempotency_key=key),
+    ]
+    for call in calls:
+        with pytest.raises(errors.BadRequest, match="1 to 255 printable ASCII characters"):
+            call()
+    assert not seen
+
+
+@pytest.mark.parametrize("key", ["a", "a b", "~!", "x" * 255])
+def test_a_key_that_can_be_sent_is_sent_as_it_is(key):
+    client, seen = answering(httpx.Response(202, json=QUEUED))
+    client.submit("echo", idempotency_key=key)
+    assert seen[0].headers["idempotency-key"] == key
+
+
 def test_what_lasts_is_not_waited_for():
     full = httpx.Response(503, content=b'{"code":"StoreFull","detail":"full"}')
     client, seen = answering(full)
@@ -259,6 +308,21 @@ def test_an_array_is_waited_for_and_gives_its_results_by_index(monkeypatch):
         array[3]
 
 
+@pytest.mark.parametrize(("timeout_s", "least_s", "most_s"), [(None, 60, 60), (30, 29, 30), (0, 0, 0)])
+def test_an_array_is_looked_for_as_patiently_as_a_task(monkeypatch, timeout_s, least_s, most_s):
+    asked = []
+
+    def get(_wire, _path, _kind, _query, patience_s):
+        asked.append(patience_s)
+        raise ClusterUnreachable
+
+    monkeypatch.setattr(client_wire.Wire, "get", get)
+    found, _ = answering(httpx.ConnectError("refused"))
+    with pytest.raises(ClusterUnreachable):
+        Array(found, "0" * 26, 3).wait(timeout_s)
+    assert least_s <= asked[0] <= most_s
+
+
 def test_waiting_for_an_array_ends_with_its_time():
     left = httpx.Response(200, json=ARRAY | {"succeeded": 1, "failed": 0, "cancelled": 0, "unfinished": 2})
     found, _ = answering(left)
@@ -266,7 +330,8 @@ def test_waiting_for_an_array_ends_with_its_time():
         Array(found, "0" * 26, 3).wait(0.01)
 
 
-def test_a_log_is_followed_by_its_cursor_until_the_task_has_ended():
+def test_a_log_is_followed_by_its_cursor_until_the_task_has_ended(monkeypatch):
+    monkeypatch.setattr(client, "EARLY_PAUSE_S", 0.0)
     base = {"task_id": ID, "stderr": "", "attempt": 1}
     found, seen = answering(
         httpx.Response(200, json=base | {"stdout": "a", "cursor": "1.1.0", "ended": False}),
@@ -278,11 +343,14 @@ def test_a_log_is_followed_by_its_cursor_until_the_task_has_ended():
     assert all(request.url.params["wait"] for request in seen)
 
 
-def test_waiting_polls_until_the_task_is_final():
+def test_waiting_polls_until_the_task_is_final(monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", pauses.append)
     running = httpx.Response(200, json=VIEW | {"status": "RUNNING"})
-    client, seen = answering(running, running, httpx.Response(200, json=VIEW))
-    assert client.result(ID) == {"x": 1}
+    waiting, seen = answering(running, running, httpx.Response(200, json=VIEW))
+    assert waiting.result(ID) == {"x": 1}
     assert [request.url.params["wait"] for request in seen] == ["20.000"] * 3
+    assert pauses == [client.EARLY_PAUSE_S] * 2, "who was not let wait must not ask again at once"
 
 
 def test_waiting_ends_with_its_time():
@@ -298,6 +366,60 @@ def test_a_failed_task_raises_what_it_died_of():
         client.result(ID)
     assert (caught.value.type, caught.value.message, caught.value.traceback) == ("ValueError", "no", "File x")
     assert "File x" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected", "words"),
+    [
+        pytest.param(
+            {"code": "TaskFailed", "error": {"type": "ValueError", "message": "no", "traceback": "File x"}},
+            TaskFailed,
+            f"ValueError: no (task {ID})",
+            id="failed",
+        ),
+        pytest.param({"code": "TaskFailed", "error": None}, TaskFailed, "the task failed and left no reason", id="no reason"),
+        pytest.param({"code": "TaskCancelled"}, TaskCancelled, "was cancelled", id="cancelled"),
+        pytest.param({"code": "NotFinished", "task_status": "RUNNING"}, NotFinished, "the server", id="not finished"),
+        pytest.param({"code": "TaskFailed", "error": 7}, errors.BadRequest, "TaskFailed", id="of another version"),
+    ],
+)
+def test_a_result_that_there_is_not_is_told_as_by_result(told, expected, words):
+    found, _ = answering(httpx.Response(409, json={"detail": "the server says it", "task_id": ID} | told))
+    with pytest.raises(expected) as caught:
+        b"".join(found.read_result(ID))
+    assert type(caught.value) is expected
+    assert words in str(caught.value)
+    assert caught.value.retryable == (expected is NotFinished)
+
+
+def test_a_failed_task_whose_result_is_read_has_the_functions_own_error():
+    error = {"type": "ValueError", "message": "no", "traceback": "File x"}
+    found, _ = answering(httpx.Response(409, json={"code": "TaskFailed", "task_id": ID, "error": error}))
+    with pytest.raises(TaskFailed) as caught:
+        b"".join(found.read_result(ID))
+    assert (caught.value.task_id, caught.value.type, caught.value.message, caught.value.traceback) == (ID, *error.values())
+    assert "File x" in caught.value.__notes__[0]
+    assert caught.value.details == {"task_id": ID, "error": error}
+
+
+class BrokenOff(httpx.SyncByteStream):
+    def __iter__(self):
+        yield b"[1"
+        raise httpx.RemoteProtocolError("peer closed connection (received 2 bytes, expected 7)")
+
+
+def test_a_result_that_breaks_off_may_be_damaged_and_the_error_says_so():
+    """The API ends the connection where the file is not what was kept; and where it is stopped."""
+    found = client_of(lambda _: httpx.Response(200, stream=BrokenOff()))
+    with pytest.raises(ClusterUnreachable, match=r"received 2 bytes, expected 7.*each time, its file is damaged"):
+        b"".join(found.read_result(ID))
+
+
+def test_a_result_for_which_nobody_answers_any_more_is_not_called_damaged():
+    found, _ = answering(httpx.Response(200, json={"functions": []}), httpx.ConnectError("refused"))
+    found.functions()
+    with pytest.raises(ClusterUnreachable, match="No cluster answers"):
+        b"".join(found.read_result(ID))
 
 
 def test_a_cancelled_task_has_no_result():
@@ -332,6 +454,44 @@ def test_a_refused_batch_tells_which_tasks_were_accepted_before_it():
     with pytest.raises(errors.QuotaExceeded) as caught:
         client.submit_many(task_request("echo") for _ in range(501))
     assert caught.value.details["accepted"] == [ID] * 500
+
+
+def test_many_tasks_are_submitted_once_though_the_call_is_made_again(monkeypatch):
+    """The server knows batches by key and body, as the API does; the answer to the second one is lost."""
+    monkeypatch.setattr(client_wire, "SUBMIT_PATIENCE_S", 0.0)
+    monkeypatch.setattr(client.rest, "TASKS_PER_BATCH_MAX", 2)
+    known: dict[str, tuple[bytes, list[str]]] = {}
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        lost = len(known) == 1
+        number = 2 * len(known)
+        count = len(json.loads(request.content)["tasks"])
+        made = [f"{number + place:026}" for place in range(count)]
+        body, ids = known.setdefault(request.headers["idempotency-key"], (request.content, made))
+        assert body == request.content
+        if lost and len(known) == 2:
+            raise httpx.ReadTimeout("slow")
+        return httpx.Response(202, json={"tasks": [{"task_id": task_id, "status": "QUEUED"} for task_id in ids]})
+
+    found, requests = client_of(handle), [task_request("echo", after=range(number)) for number in range(5)]
+    with pytest.raises(ClusterUnreachable) as caught:
+        found.submit_many(requests)
+    assert caught.value.details["accepted"] == [f"{0:026}", f"{1:026}"]
+    tasks = found.submit_many(requests, idempotency_key=caught.value.details["idempotency_key"])
+    assert [task.task_id for task in tasks] == [f"{number:026}" for number in range(5)]
+    assert len(known) == 3
+
+
+def test_the_longest_key_has_room_for_the_number_of_a_batch(monkeypatch):
+    monkeypatch.setattr(client.rest, "TASKS_PER_BATCH_MAX", 1)
+    seen = []
+    found = client_of(lambda request: seen.append(request) or _accepting(request))
+    for key in ("x" * 255, "x" * 255, "x" * 254):
+        found.submit_many([task_request("echo")] * 2, idempotency_key=key)
+    keys = [request.headers["idempotency-key"] for request in seen]
+    assert all(0 < len(key) <= 255 for key in keys)
+    assert keys[:2] == keys[2:4]
+    assert len(set(keys)) == 4
 
 
 def test_a_list_goes_on_from_page_to_page_until_the_limit():

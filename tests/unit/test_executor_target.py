@@ -250,7 +250,8 @@ def failure_of(error):
 class TestFailure:
     def test_name_message_and_traceback(self):
         secret = "hidden in a local variable"  # noqa: F841
-        name, message, trace, _ = failure_of(ValueError("no good"))
+        name, message, trace, bases = failure_of(ValueError("no good"))
+        assert bases == ("ValueError", "Exception", "BaseException")
         assert (name, message) == ("ValueError", "no good")
         assert trace.startswith("Traceback (most recent call last):")
         assert trace.endswith("ValueError: no good\n")

@@ -71,7 +71,7 @@ def test_what_was_learned_and_what_strangers_wrote() -> None:
 def test_a_plan_says_where_what_ends_and_what_is_added() -> None:
     state = make.state([], nodes={"a": [64], "b": [64]})
     ahead = ahead_of(state, index_of(state), SETUP)
-    found = foresee([Wish(make.shape(48), 3), Wish(make.shape(100))], ahead, SETUP)
+    found = tuple(foresee([Wish(make.shape(48), 3), Wish(make.shape(100))], ahead, SETUP))
     text = shown(plan_screen(PlanView(When.AFTER_SCALE_UP, found, (ScaleStep("big", "add", 1, "NeedAboveSize"),))), 100)
     for words in (
         "2 of 3 would run at once",

@@ -183,37 +183,51 @@ def test_never_two_leaders_whatever_stalls(seed):
 # --- beats ----------------------------------------------------------------------------------------------------------
 
 
+def silent(watch, beat, now_s, name="n"):
+    """What a look of no duration finds."""
+    return watch.silent_s(name, beat, now_s, now_s)
+
+
 def test_a_beat_that_changes_is_never_silent():
     watch = BeatWatch()
-    assert [watch.unchanged_s("n", beat, beat * 100.0) for beat in range(5)] == [0.0] * 5
+    assert [silent(watch, beat, beat * 100.0) for beat in range(5)] == [0.0] * 5
 
 
 def test_silence_is_counted_from_the_first_look_at_a_beat():
     watch = BeatWatch()
-    assert [watch.unchanged_s("n", 7, now_s) for now_s in (50.0, 53.0, 62.0)] == [0.0, 3.0, 12.0]
+    assert [silent(watch, 7, now_s) for now_s in (50.0, 53.0, 62.0)] == [0.0, 3.0, 12.0]
 
 
 def test_an_older_beat_is_a_change_too():
     """A store that was restored, or a node that started anew."""
     watch = BeatWatch()
-    watch.unchanged_s("n", 7, 0.0)
-    assert watch.unchanged_s("n", 1, 10.0) == 0.0
+    silent(watch, 7, 0.0)
+    assert silent(watch, 1, 10.0) == 0.0
 
 
 def test_who_is_forgotten_starts_afresh():
     watch = BeatWatch()
     for name in "ab":
-        watch.unchanged_s(name, 1, 0.0)
+        silent(watch, 1, 0.0, name)
     watch.keep(["a"])
-    assert (watch.unchanged_s("a", 1, 5.0), watch.unchanged_s("b", 1, 5.0)) == (5.0, 0.0)
+    assert (silent(watch, 1, 5.0, "a"), silent(watch, 1, 5.0, "b")) == (5.0, 0.0)
 
 
 def test_an_observer_that_stood_still_blames_nobody():
     watch = BeatWatch()
-    watch.unchanged_s("n", 1, 0.0)
-    watch.unchanged_s("n", 1, 3.0)
+    silent(watch, 1, 0.0)
+    silent(watch, 1, 3.0)
     watch.forgive(60.0)  # it looked at 3 and next at 63
-    assert watch.unchanged_s("n", 1, 63.0) == 3.0
+    assert silent(watch, 1, 63.0) == 3.0
+
+
+def test_a_look_during_which_the_observer_stood_still_blames_nobody():
+    """Its answer lay there for a minute: what it says of beats may be as old as the question, or as young as the answer."""
+    watch = BeatWatch()
+    silent(watch, 1, 0.0)
+    assert watch.silent_s("n", 1, asked_s=3.0, answered_s=63.0) == 3.0
+    assert watch.silent_s("n", 2, asked_s=63.0, answered_s=123.0) == 0.0
+    assert watch.silent_s("n", 2, asked_s=123.5, answered_s=123.5) == 0.5
 
 
 # --- giving way -----------------------------------------------------------------------------------------------------

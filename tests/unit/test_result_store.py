@@ -21,11 +21,13 @@ from manager.leader_results import is_left_over
 from manager.results import Leftover, NoResults, ResultStore, open_results, shared_url, with_default_folder
 from manager.results.folder import FolderResults
 from manager.results.objects import ObjectResults, moment_of
-from manager.results.store import CHUNK_BYTES, Kind, leftover_of
+from manager.results.store import CHUNK_BYTES, GUEST_S, Kind, leftover_of
 from manager.settings import ResultSettings, Settings
 from manager.store.calls_leader import Kept
 
 TASK = "01k9ez0000000000000000007k"
+SLOT = "01k9ez000000000000000000s1"
+OURS, THEIRS = "01k9ez00000000000000000001", "01k9ez00000000000000000002"
 HOUR_S = 3600.0
 
 
@@ -40,17 +42,17 @@ def results(request: pytest.FixtureRequest, tmp_path: Path) -> ResultStore:
     return store
 
 
-def write(results: ResultStore, data: bytes, task_id: str = TASK, attempt: int = 1) -> Path:
+def write(results: ResultStore, data: bytes, task_id: str = TASK, attempt: int = 1, slot: str = SLOT) -> Path:
     """As an executor does it."""
-    path = results.place(task_id, attempt)
+    path = results.place(task_id, attempt, slot)
     assert path is not None
     path.write_bytes(data)
     return path
 
 
-def keep(results: ResultStore, data: bytes, task_id: str = TASK, attempt: int = 1) -> ResultFile:
-    path = write(results, data, task_id, attempt)
-    return asyncio.run(results.keep(path, task_id, attempt, len(data), hashlib.sha256(data).hexdigest()))
+def keep(results: ResultStore, data: bytes, task_id: str = TASK, attempt: int = 1, slot: str = SLOT) -> ResultFile:
+    path = write(results, data, task_id, attempt, slot)
+    return asyncio.run(results.keep(path, task_id, attempt, slot, len(data), hashlib.sha256(data).hexdigest()))
 
 
 def read(results: ResultStore, file: ResultFile) -> list[bytes]:
@@ -74,16 +76,16 @@ def scanned(results: ResultStore) -> list[Leftover]:
 def test_what_is_kept_is_read_again(results: ResultStore, size: int):
     data = os.urandom(size)
     file = keep(results, data)
-    assert file == ResultFile(f"files/7k/{TASK}-1.json", size, hashlib.sha256(data).hexdigest())
+    assert file == ResultFile(f"files/7k/{TASK}-1-{SLOT}.json", size, hashlib.sha256(data).hexdigest())
     assert b"".join(read(results, file)) == data
 
 
 def test_a_call_that_is_made_twice_keeps_once(results: ResultStore):
     path = write(results, b"[1]")
     digest = hashlib.sha256(b"[1]").hexdigest()
-    first = asyncio.run(results.keep(path, TASK, 1, 3, digest))
+    first = asyncio.run(results.keep(path, TASK, 1, SLOT, 3, digest))
     assert not path.exists()
-    assert asyncio.run(results.keep(path, TASK, 1, 3, digest)) == first
+    assert asyncio.run(results.keep(path, TASK, 1, SLOT, 3, digest)) == first
     assert read(results, first) == [b"[1]"]
 
 
@@ -93,26 +95,49 @@ def test_attempts_do_not_write_over_each_other(results: ResultStore):
     assert (read(results, first), read(results, second)) == ([b"[1]"], [b"[2]"])
 
 
+def test_an_attempt_whose_number_is_given_again_has_a_file_of_its_own(results: ResultStore):
+    """A store that is back from a backup counts attempts from where it was then; it makes new slots."""
+    again = "01k9ez000000000000000000s2"
+    old = write(results, b"[1]")
+    new = write(results, b"[22]", slot=again)
+    assert old != new
+    first = asyncio.run(results.keep(old, TASK, 1, SLOT, 3, hashlib.sha256(b"[1]").hexdigest()))
+    second = asyncio.run(results.keep(new, TASK, 1, again, 4, hashlib.sha256(b"[22]").hexdigest()))
+    asyncio.run(results.discard(first))  # its agent hears that it came too late
+    assert read(results, second) == [b"[22]"]
+
+
+def test_a_result_whose_name_has_no_slot_is_read_and_removed_as_ever(tmp_path: Path):
+    results = FolderResults(tmp_path / "results")
+    results.prepare()
+    old = ResultFile(f"files/7k/{TASK}-1.json", 3, hashlib.sha256(b"[1]").hexdigest())
+    path_of(results, keep(results, b"[1]")).rename(results.root / old.name)
+    assert read(results, old) == [b"[1]"]
+    assert [(found.name, found.attempt) for found in scanned(results)] == [(old.name, 1)]
+    asyncio.run(results.discard(old))
+    assert scanned(results) == []
+
+
 def test_what_is_not_as_long_as_was_said_is_not_kept(results: ResultStore):
     path = write(results, b"[1]")
     with pytest.raises(ResultNotStored, match=r"the result \(4 bytes\) could not be stored in .*3 bytes"):
-        asyncio.run(results.keep(path, TASK, 1, 4, ""))
+        asyncio.run(results.keep(path, TASK, 1, SLOT, 4, ""))
     with pytest.raises(ResultMissing):
-        read(results, ResultFile(f"files/7k/{TASK}-1.json", 4, ""))
+        read(results, ResultFile(f"files/7k/{TASK}-1-{SLOT}.json", 4, ""))
 
 
 def test_what_was_never_written_is_not_kept(results: ResultStore):
-    path = results.place(TASK, 1)
+    path = results.place(TASK, 1, SLOT)
     assert path is not None
     with pytest.raises(ResultNotStored):
-        asyncio.run(results.keep(path, TASK, 1, 4, ""))
+        asyncio.run(results.keep(path, TASK, 1, SLOT, 4, ""))
 
 
 @pytest.mark.parametrize("how", ["symlink", "hardlink", "fifo"])
 def test_what_user_code_has_put_in_its_place_is_not_kept(results: ResultStore, how: str, tmp_path: Path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"{}")
-    path = results.place(TASK, 1)
+    path = results.place(TASK, 1, SLOT)
     assert path is not None
     match how:
         case "symlink":
@@ -122,7 +147,7 @@ def test_what_user_code_has_put_in_its_place_is_not_kept(results: ResultStore, h
         case _:
             os.mkfifo(path)
     with pytest.raises(ResultNotStored):
-        asyncio.run(results.keep(path, TASK, 1, 2, hashlib.sha256(b"{}").hexdigest()))
+        asyncio.run(results.keep(path, TASK, 1, SLOT, 2, hashlib.sha256(b"{}").hexdigest()))
 
 
 # --- what is damaged or gone ----------------------------------------------------------------------------------------
@@ -281,10 +306,102 @@ def test_files_are_nobody_elses(tmp_path: Path):
     results.prepare()
     path = write(results, b"[1]")
     path.chmod(0o666)
-    file = asyncio.run(results.keep(path, TASK, 1, 3, ""))
+    file = asyncio.run(results.keep(path, TASK, 1, SLOT, 3, ""))
     assert stat.S_IMODE((results.root / file.name).stat().st_mode) == 0o600
     assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in results.root.rglob("*") if folder.is_dir())
     assert stat.S_IMODE(results.root.stat().st_mode) == 0o700
+
+
+# --- whose it is ----------------------------------------------------------------------------------------------------
+
+
+def test_who_claims_first_has_it(results: ResultStore):
+    keep(results, b"[1]")
+    assert asyncio.run(results.owner()) == ""
+    assert asyncio.run(results.claim(OURS)) == OURS
+    assert asyncio.run(results.claim(THEIRS)) == OURS
+    assert asyncio.run(results.claim(OURS)) == OURS
+    assert asyncio.run(results.owner()) == OURS
+    assert [found.kind for found in scanned(results)] == [Kind.RESULT], "the mark is taken for a result"
+    assert asyncio.run(results.remove([f"cluster/{OURS}"])) == 0
+
+
+def test_of_many_that_claim_at_once_one_at_most_has_it(results: ResultStore):
+    clusters = [new_id() for _ in range(8)]
+
+    async def claim_all() -> list[str]:
+        return await asyncio.gather(*(results.claim(cluster) for cluster in clusters))
+
+    told = asyncio.run(claim_all())
+    believers = [cluster for cluster, owner in zip(clusters, told, strict=True) if owner == cluster]
+    assert len(believers) <= 1, "two believe that it is theirs"
+    if isinstance(results, FolderResults):
+        assert set(told) == set(believers), "somebody was told something else"
+    if not believers:  # all have stepped back, and try again later
+        assert asyncio.run(results.claim(clusters[0])) == clusters[0]
+        believers = clusters[:1]
+    assert asyncio.run(results.owner()) == believers[0]
+
+
+def test_who_sees_another_one_after_it_has_written_steps_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    results = ObjectResults(f"memory://{uuid.uuid4().hex}", tmp_path)
+    write_object, mark = results.system.pipe_file, results._full(f"cluster/{THEIRS}")
+
+    def meanwhile(name: str, data: bytes) -> None:
+        write_object(name, data)
+        write_object(mark, data)
+
+    monkeypatch.setattr(results.system, "pipe_file", meanwhile)
+    assert asyncio.run(results.claim(OURS)) == THEIRS
+    assert asyncio.run(results.owner()) == THEIRS
+
+
+def test_a_mark_of_two_clusters_is_nobodys(results: ResultStore):
+    keep(results, b"[1]")
+    asyncio.run(results.claim(OURS))
+    second = results.marker(THEIRS)
+    assert second.endswith(f"/cluster/{THEIRS}")
+    if isinstance(results, ObjectResults):
+        results.system.pipe_file(results._full(f"cluster/{THEIRS}"), b".")
+    else:
+        Path(second).touch()
+    assert asyncio.run(results.owner()) == f"{OURS}, {THEIRS}"
+    assert asyncio.run(results.claim(OURS)) == f"{OURS}, {THEIRS}"
+
+
+def test_a_guest_is_one_for_as_long_as_it_says_so(results: ResultStore):
+    keep(results, b"[1]")
+    assert asyncio.run(results.guests()) == []
+    asyncio.run(results.claim(OURS))
+    asyncio.run(results.visit(THEIRS))
+    asyncio.run(results.visit(THEIRS))
+    assert asyncio.run(results.guests()) == [THEIRS]
+    assert asyncio.run(results.owner()) == OURS
+    assert [found.kind for found in scanned(results)] == [Kind.RESULT]
+    note = path_of(results, ResultFile(f"guests/{THEIRS}", 0, ""))
+    moment = note.stat().st_mtime
+    for age_s, guests in ((GUEST_S - HOUR_S, [THEIRS]), (GUEST_S + 60, [])):
+        os.utime(note, (moment - age_s, moment - age_s))
+        assert asyncio.run(results.guests()) == guests
+    asyncio.run(results.visit(THEIRS))
+    assert asyncio.run(results.guests()) == [THEIRS]
+
+
+def test_a_folder_that_is_not_mounted_is_not_claimed(tmp_path: Path):
+    results = FolderResults(tmp_path / "results")
+    results.root.mkdir()
+    assert asyncio.run(results.claim(OURS)) == ""
+    assert list(results.root.iterdir()) == []
+
+
+def test_a_claim_that_was_cut_off_holds_up_nobody(tmp_path: Path):
+    results = FolderResults(tmp_path / "results")
+    results.prepare()
+    (results.root / f".cluster-{OURS}").mkdir()  # killed here
+    (results.root / "cluster").mkdir()  # somebody has removed the mark in it
+    assert asyncio.run(results.claim(OURS)) == OURS
+    assert Path(results.marker(OURS)).is_file()
+    assert [path.name for path in results.root.glob(".*")] == []
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -297,7 +414,7 @@ def settings_with(url: str, tmp_path: Path) -> Settings:
 def test_without_a_url_there_is_no_store(tmp_path: Path):
     results = open_results(settings_with("", tmp_path))
     assert isinstance(results, NoResults)
-    assert results.place(TASK, 1) is None
+    assert results.place(TASK, 1, SLOT) is None
     assert results.folder(TASK) == ""
     assert scanned(results) == []
     with pytest.raises(ResultMissing, match=r"no results store \(results.url\)"):
@@ -346,12 +463,12 @@ def test_a_url_that_cannot_work_is_refused_with_the_reason(url: str, kind: type[
 def test_an_agent_that_starts_has_an_empty_scratch_folder(tmp_path: Path):
     settings = settings_with(f"memory://{uuid.uuid4().hex}", tmp_path)
     scratch = tmp_path / "scratch"
-    left = open_results(settings, scratch).place(TASK, 1)
+    left = open_results(settings, scratch).place(TASK, 1, SLOT)
     assert left is not None
     left.write_bytes(b"of an agent that was killed")
     open_results(settings, scratch)
     assert list(scratch.iterdir()) == []
-    assert open_results(settings).place(TASK, 1) is None  # who is no agent has none
+    assert open_results(settings).place(TASK, 1, SLOT) is None  # who is no agent has none
 
 
 # --- what is left over ----------------------------------------------------------------------------------------------
@@ -412,7 +529,7 @@ def test_a_full_disk_keeps_nothing_new_and_loses_nothing_old(small_disk: Path, t
     first = keep(results, b"a" * 150_000)
     path = write(results, b"b" * 150_000, attempt=2)
     with pytest.raises(ResultNotStored, match="No space left on device"):
-        asyncio.run(results.keep(path, TASK, 2, 150_000, ""))
+        asyncio.run(results.keep(path, TASK, 2, SLOT, 150_000, ""))
     assert b"".join(read(results, first)) == b"a" * 150_000
     asyncio.run(results.discard(first))
-    asyncio.run(results.keep(path, TASK, 2, 150_000, ""))  # once there is room again
+    asyncio.run(results.keep(path, TASK, 2, SLOT, 150_000, ""))  # once there is room again

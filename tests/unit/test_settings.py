@@ -208,7 +208,13 @@ def test_variables_that_are_not_ours_to_judge():
         "ROCYARD_PORT": "tcp://10.0.0.1:8000",
     }
     client = {"ROCYARD_URL": "http://x", "ROCYARD_API_KEY": "ry_x"}
-    in_a_task = {"ROCYARD_TASK_ID": "t", "ROCYARD_ATTEMPT": "1", "ROCYARD_SIMULATED_DIR": "/x"}
+    in_a_task = {
+        "ROCYARD_TASK_ID": "t",
+        "ROCYARD_ATTEMPT": "1",
+        "ROCYARD_ARRAY_INDEX": "0",
+        "ROCYARD_ARRAY_COUNT": "3",
+        "ROCYARD_SIMULATED_DIR": "/x",
+    }
     assert load_settings(None, kubernetes | client | in_a_task, {}) == Settings()
 
 

@@ -138,6 +138,10 @@ local function note_try(p, id, task, why, message, now)
   if attempt > TRIES_MAX then redis.call('HDEL', key, 'try:' .. (attempt - TRIES_MAX)) end
 end
 
+local function start_error()
+  return cjson.encode({ type = 'StartTimeout', message = 'no executor had taken the task within its start_timeout' })
+end
+
 local function deadline_error(what)
   return cjson.encode({ type = 'DeadlineExceeded', message = what .. ' when its time was up (total_timeout or deadline)' })
 end

@@ -54,7 +54,17 @@ local function forget_keys(p, before, most)
   end
 end
 
--- What names say that are taken: all of them are, by the same requests, or the submission is refused.
+-- From now on the key stands for these tasks.
+local function keep_key(p, tenant, key, digest, ids, now)
+  if key ~= '' then
+    redis.call('HSET', p .. 'ik:' .. tenant, key, now .. ' ' .. digest .. ' ' .. ids)
+    redis.call('ZADD', p .. 'iks', now, tenant .. ' ' .. key)
+    forget_keys(p, now - KEPT_MS, 2) -- two go for each that comes: they never become more, whatever the pace
+  end
+end
+
+-- What names say that are taken: all of them are, by the same requests, or the submission is refused; and
+-- the ids where they are the same.
 local function known_by_names(p, tenant, tasks)
   local ids, taken, here = {}, nil, {}
   for _, task in ipairs(tasks) do
@@ -70,7 +80,8 @@ local function known_by_names(p, tenant, tasks)
   end
   if not taken then return nil end
   if #ids < #tasks then return { 'CONFLICT', 'name', taken } end
-  return replay(p, table.concat(ids, ','))
+  local same = table.concat(ids, ',')
+  return replay(p, same), same
 end
 
 -- The first id that one of them comes after and that is no task or array of the tenant, nor stands before it here.
@@ -180,6 +191,20 @@ local function array_of(id)
   return string.sub(id, 1, -5) .. NO_INDEX
 end
 
+-- What the tasks of an array ask for. Who has succeeded need not be known any more when the last of them gets its record.
+local function asked_of_array(p, key, said)
+  local more = cjson.decode(said)
+  local after = {}
+  for _, parent in ipairs(more.after or {}) do
+    if end_of(p, parent) ~= 'SUCCEEDED' then after[#after + 1] = parent end
+  end
+  if #after < #(more.after or {}) then
+    more.after = #after > 0 and after or nil
+    redis.call('HSET', key, 'more', cjson.encode(more))
+  end
+  return more
+end
+
 -- Gives up to `most` more tasks of an array their records; returns how many. The array has all it needs, so anybody may.
 local function expand_array(p, array, most, now)
   local key = p .. 'a:' .. array
@@ -191,7 +216,7 @@ local function expand_array(p, array, most, now)
   end
   local count, made = tonumber(said[8]), tonumber(said[9])
   local last = math.min(count, made + most)
-  local arrived, more = 0, cjson.decode(said[6])
+  local arrived, more = 0, asked_of_array(p, key, said[6])
   for index = made, last - 1 do
     local state = create(p, said[1], { id = id_in_array(array, index), shape = said[2], offset = tonumber(said[3]),
       max_attempts = said[4], name = said[5], more = more, array = array, index = index,
@@ -265,6 +290,17 @@ local function create_all(p, tenant, tasks, sequence, now)
   return ids, states, arrived
 end
 
+-- tenant, idempotency key or "", digest of the body or "", then (name or "", digest) of each task that is asked for:
+-- what ry_submit says of what was asked before, REPLAY or CONFLICT; {NONE} where it would be new. Nothing is written: a
+-- name that is known does not keep the key.
+local function known_before(keys, args)
+  local p, tenant, tasks = keys[1], args[1], {}
+  for i = 4, #args, 2 do
+    tasks[#tasks + 1] = { more = args[i] ~= '' and { name = args[i], digest = args[i + 1] } or {} }
+  end
+  return known_by_key(p, tenant, args[2], args[3], now_ms()) or known_by_names(p, tenant, tasks) or { 'NONE' }
+end
+
 -- tenant, active_max, idempotency key or "", digest of the body or "", shapes m, m × (shape, json), then tasks:
 -- (id, shape, score offset, max_attempts, function, spec, more) … `more` is "" or JSON: name and digest of what it asks
 -- for; start_ms, total_ms (from now) and deadline_ms; after (ids), run (whether it does though one of those failed); count
@@ -295,7 +331,9 @@ local function submit(keys, args)
     end
   end
   if tasks then
-    known = known_by_names(p, tenant, tasks)
+    local same
+    known, same = known_by_names(p, tenant, tasks)
+    if same then keep_key(p, tenant, key, digest, same, now) end -- it may hold for longer than the name
     if known then return known end
     local parent = unknown_parent(p, tenant, tasks)
     if parent then return { 'PARENT', parent } end
@@ -316,11 +354,7 @@ local function submit(keys, args)
     ids, reply, arrived = create_plain(p, tenant, args, first, sequence, now)
   end
   table.insert(reply, 1, 'OK')
-  if key ~= '' then
-    redis.call('HSET', p .. 'ik:' .. tenant, key, now .. ' ' .. digest .. ' ' .. table.concat(ids, ','))
-    redis.call('ZADD', p .. 'iks', now, tenant .. ' ' .. key)
-    forget_keys(p, now - KEPT_MS, 2) -- two go for each that comes: they never become more, whatever the pace
-  end
+  keep_key(p, tenant, key, digest, table.concat(ids, ','), now)
   for i = at, first - 1, 2 do work_arrived(p, args[i], arrived[args[i]] or 0) end
   if tasks then release(p, TOLD_MAX, now) end
   return reply
@@ -467,8 +501,7 @@ end
 local function too_late(p, id, start_by, end_by, now)
   local late = (end_by and tonumber(end_by) <= now and 'end') or (start_by and tonumber(start_by) <= now and 'start')
   if not late then return false end
-  local err = late == 'end' and deadline_error('the task was waiting') or cjson.encode({ type = 'StartTimeout',
-    message = 'no executor had taken the task within its start_timeout' })
+  local err = late == 'end' and deadline_error('the task was waiting') or start_error()
   finalise(p, id, load_task(p, id), 'FAILED', '', err, now)
   return true
 end
@@ -772,8 +805,7 @@ local function expire(p, most, now)
           end_early(p, id, task, deadline_error('the task was waiting'), now)
         end
       elseif start_by and start_by <= now and task.state ~= 'RUNNING' then
-        end_early(p, id, task, cjson.encode({ type = 'StartTimeout',
-          message = 'no executor had taken the task within its start_timeout' }), now)
+        end_early(p, id, task, start_error(), now)
       elseif start_by and start_by <= now then -- claimed, and not yet known to have started
         redis.call('ZADD', p .. 'exp', string.format('%.0f', math.min(now + SECOND, end_by or math.huge)), id)
       elseif end_by then
@@ -893,6 +925,7 @@ local function age(keys, args)
 end
 
 redis.register_function('ry_submit', submit) -- no allow-oom: a full store must refuse new work
+redis.register_function { function_name = 'ry_known', callback = known_before, flags = { 'no-writes' } }
 redis.register_function { function_name = 'ry_next', callback = next_, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'ry_started', callback = started, flags = { 'allow-oom' } }
 redis.register_function('ry_log', keep_log)

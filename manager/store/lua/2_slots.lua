@@ -189,7 +189,8 @@ end
 
 -- node, mode ("", cordon, drain), by (operator, autoscaler, agent), seconds until running tasks go back or "", remove
 -- ("1" or ""), token (of an autoscaler), incarnation (of an agent) or "": OK, NONE (no such node; one that left
--- is there for operators only), STALE (the token or the incarnation), KEPT (nobody but an operator touches what another has cordoned).
+-- is there for operators only), STALE (the token or the incarnation), KEPT (nobody but an operator touches what
+-- another has cordoned).
 local function cordon(keys, args)
   local p, node, mode, by = keys[1], args[1], args[2], args[3]
   if by == 'autoscaler' and not leads(p, args[6], 'autoscaler') then return 'STALE' end
@@ -382,8 +383,9 @@ local function mix(keys, args)
   return 'OK'
 end
 
--- token, tenants n, n × (tenant, running_max, gpus_max, memory_max, weight, vtime, retries_max), then (shape, vtime) …: what each tenant
--- may have at work (0: no limit), and what it and its shapes have had. A higher limit wakes who waited for it.
+-- token, tenants n, n × (tenant, running_max, gpus_max, memory_max, weight, vtime, retries_max), then (shape, vtime) …:
+-- what each tenant may have at work (0: no limit), and what it and its shapes have had. A higher limit wakes who waited
+-- for it.
 local function shares(keys, args)
   local p = keys[1]
   if not leads(p, args[1]) then return 'STALE' end
@@ -394,7 +396,9 @@ local function shares(keys, args)
     give_turns(p, args[i])
   end
   for i = first, #args, 2 do
-    if redis.call('SISMEMBER', p .. 'active', args[i]) == 1 then redis.call('HSET', p .. 'sh:' .. args[i], 'vtime', args[i + 1]) end
+    if redis.call('SISMEMBER', p .. 'active', args[i]) == 1 then
+      redis.call('HSET', p .. 'sh:' .. args[i], 'vtime', args[i + 1])
+    end
   end
   return 'OK'
 end
