@@ -268,10 +268,11 @@ def test_a_circle_of_causes_has_an_end():
 
 
 def test_a_failure_names_its_classes_and_not_those_of_its_cause():
-    assert executor_target.failure_of(KeyError("x"), 0)[3] == ("KeyError", "LookupError", "Exception")
-    assert executor_target.failure_of(SystemExit(1), 0)[3] == ("SystemExit",)
-    assert executor_target.failure_of(caused(KeyError("x")), 0)[3] == ("ValueError", "Exception")
-    assert executor_target.failure_of(TorchOutOfMemory("x"), 0)[3] == ("OutOfMemoryError", "RuntimeError", "Exception")
+    assert executor_target.failure_of(KeyError("x"), 0)[3] == ("KeyError", "LookupError", "Exception", "BaseException")
+    assert executor_target.failure_of(SystemExit(1), 0)[3] == ("SystemExit", "BaseException")
+    assert executor_target.failure_of(caused(KeyError("x")), 0)[3] == ("ValueError", "Exception", "BaseException")
+    of_torch = ("OutOfMemoryError", "RuntimeError", "Exception", "BaseException")
+    assert executor_target.failure_of(TorchOutOfMemory("x"), 0)[3] == of_torch
 
 
 def test_what_torch_keeps_of_a_device_is_given_back(monkeypatch):
