@@ -44,7 +44,7 @@ lint: $(STAMPS)/test  ## ruff and mypy
 	$(BIN)/python -m mypy --strict --no-error-summary $(CODE)
 
 sim: $(STAMPS)/test  ## histories of bad luck on a virtual clock, each with its seed (SEEDS=2000; SEED=17 replays one)
-	SEED=$(SEED) SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -s tests/sim/test_store_sim.py -k every_history $(ARGS)
+	SEED=$(SEED) SEEDS=$(SEEDS) $(BIN)/python -m pytest -q -s --timeout 0 tests/sim/test_store_sim.py -k every_history $(ARGS)
 
 soak: $(STAMPS)/test  ## random deaths of schedulers and Dask workers, with other seeds (SEEDS="2 3 4")
 	for seed in $(or $(SEEDS),2 3 4 5 6); do \

@@ -18,7 +18,9 @@ SEEN: dict[str, frozenset[str]] = {
     "attempt not checked on finish": frozenset({"commit-by-current-attempt"}),
     "incarnation not checked on next": frozenset({"stranger-refused", "zombie-refused"}),
     "token not checked": frozenset({"old-leader-refused"}),
-    "a submission overwrites": frozenset({"one-claim", "attempt-as-claimed", "final-is-final", "one-place", "counts"}),
+    "a submission overwrites": frozenset(
+        {"one-claim", "claim-raises-attempt", "attempt-as-claimed", "final-is-final", "one-place", "counts"}
+    ),
     "idempotency ignores the body": frozenset({"one-key-one-request", "same-key-same-task"}),
     "finish not idempotent": frozenset({"one-commit", "commit-by-current-attempt"}),
     "a claim does not raise the attempt": frozenset({"claim-raises-attempt"}),
